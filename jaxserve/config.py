@@ -1,0 +1,134 @@
+"""Engine settings, as a user gives them and as the engine uses them. Imports no jax.
+
+``EngineConfig`` is the one place where defaults live: ``LLM(...)``, the command line and ``configs/serving/*.toml`` all
+fill it. ``None`` means "decided from the model and the machine"; ``jaxserve.engine.build`` resolves it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxserve.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
+Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_tpu"]
+Policy = Literal["fcfs", "priority"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Caps on variable-size request fields; a request above a cap is refused. They size device arrays."""
+
+    max_stop_token_ids: int = 32  # EOS ids included
+    max_logit_bias: int = 64
+    max_bad_words: int = 16
+    max_bad_word_len: int = 8  # tokens
+    max_logprobs: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that can be set on an engine.
+
+    Attributes:
+        model: a directory (HF layout or Orbax), a ``.gguf`` file, a model config ``.toml`` (with ``load_format="dummy"``),
+            or a hub id that is in the local HF cache.
+        tokenizer: where the tokenizer is, if not beside the model.
+        dtype: of weights and activations; "auto" is float32 on CPU, bfloat16 on GPU and TPU.
+        max_model_len: longest prompt + output, in tokens; None is the model's own.
+        max_num_seqs: choices that run at once; None is 256 on GPU and TPU, 8 on CPU.
+        max_num_batched_tokens: tokens in one step; None is 8192 on GPU and TPU, 512 on CPU.
+        block_size: tokens per KV block; None is 64 on GPU, 128 on TPU, 16 on CPU.
+        num_gpu_blocks_override: number of KV blocks, instead of what fits.
+        kv_cache_memory_bytes: bytes for KV blocks, instead of what fits; on CPU None is 1 GiB.
+        gpu_memory_utilization: share of the device's memory that the engine may use.
+        kv_cache_dtype: "auto" is ``dtype``.
+        run_ahead: steps dispatched before the oldest result is read.
+        default_max_tokens: for requests with ``max_tokens=None``; None is what the context leaves.
+        max_output_tokens: ceiling that every request's max_tokens must respect; None is max_model_len - 1.
+        max_seconds: wall-clock limit of every request.
+        watchdog_seconds: a step that takes longer than this kills the engine, loudly.
+        strict_compile: an executable born after warm-up is an error instead of a counted warning.
+        compilation_cache_dir: JAX's persistent compilation cache.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    enable_prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+    attention_implementation: Implementation = "auto"
+    scheduling_policy: Policy = "fcfs"
+    run_ahead: int = 2
+    default_max_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_seconds: float | None = None
+    watchdog_seconds: float = 300.0
+    strict_compile: bool = False
+    compilation_cache_dir: str | None = None
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("kv_cache_dtype", ("auto", "float32", "bfloat16")),
+            ("load_format", ("auto", "safetensors", "gguf", "orbax", "dummy")),
+            ("attention_implementation", ("auto", "xla", "pallas_gpu", "pallas_tpu")),
+            ("scheduling_policy", ("fcfs", "priority")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        for name, low in (
+            ("max_model_len", 2),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("block_size", 1),
+            ("num_gpu_blocks_override", 1),
+            ("kv_cache_memory_bytes", 1),
+            ("tensor_parallel_size", 1),
+            ("default_max_tokens", 1),
+            ("max_output_tokens", 1),
+            ("run_ahead", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ConfigError(f"{name} is {value!r}; allowed: an integer of at least {low}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; allowed: a share in (0, 1]")
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> EngineConfig:
+        """Builds from a mapping; an unknown key is refused by name."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise ConfigError(f"unknown engine setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**settings)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Settings from a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or isn't TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"can't read the settings file {str(path)!r}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{str(path)!r} isn't valid TOML: {error}") from error

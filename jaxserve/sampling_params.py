@@ -1,0 +1,170 @@
+"""What a caller may ask of one generation. Imports no jax.
+
+The names and defaults are vLLM's. Every field is honoured, or refused here (or at admission, where the answer depends on
+the model) with an error that names field, value and allowed range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from jaxserve.errors import InvalidRequestError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepetitionDetection:
+    """Stop a choice whose output ends in a pattern repeated verbatim (vLLM's ``repetition_detection``).
+
+    ``min_pattern_size``..``max_pattern_size`` are in tokens; ``min_count`` is the number of repetitions in a row.
+    """
+
+    max_pattern_size: int = 64
+    min_pattern_size: int = 1
+    min_count: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Settings of one request. Immutable; ``dataclasses.replace`` makes a changed copy.
+
+    Raises:
+        InvalidRequestError: a field is out of range; the message names field, value and range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None  # None: drawn once at admission
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: the engine's default_max_tokens
+    min_tokens: int = 0
+    max_seconds: float | None = None  # wall clock from admission
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    priority: int = 0  # lower runs first, as in vLLM; used by scheduling_policy="priority"
+    num_speculative_tokens: int | None = None  # None: the engine's; 0 switches speculation off for this request
+    repetition_detection: RepetitionDetection | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        put(self, "stop", stop)
+        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        put(self, "bad_words", tuple(self.bad_words or ()))
+        if self.allowed_token_ids is not None:
+            put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.logit_bias is not None:
+            put(self, "logit_bias", _bias(self.logit_bias))
+        if isinstance(self.repetition_detection, Mapping):
+            put(self, "repetition_detection", RepetitionDetection(**self.repetition_detection))
+        if self.top_k == -1:
+            put(self, "top_k", 0)
+        self._check_numbers()
+        self._check_lists()
+
+    def _check_numbers(self) -> None:
+        _integer(self, "n", 1, 1024)
+        _number(self, "temperature", 0.0, 1e6)
+        _number(self, "top_p", 0.0, 1.0, low_open=True)
+        _integer(self, "top_k", 0, 2**31 - 1)
+        _number(self, "min_p", 0.0, 1.0)
+        _number(self, "presence_penalty", -2.0, 2.0)
+        _number(self, "frequency_penalty", -2.0, 2.0)
+        _number(self, "repetition_penalty", 0.0, 1e6, low_open=True)
+        _integer(self, "seed", -(2**63), MAX_SEED, optional=True)
+        _integer(self, "max_tokens", 1, 2**31 - 1, optional=True)
+        _integer(self, "min_tokens", 0, 2**31 - 1)
+        _number(self, "max_seconds", 0.0, 1e9, low_open=True, optional=True)
+        _integer(self, "logprobs", 0, 2**31 - 1, optional=True)
+        _integer(self, "prompt_logprobs", 0, 2**31 - 1, optional=True)
+        _integer(self, "priority", -(2**31), 2**31 - 1)
+        _integer(self, "num_speculative_tokens", 0, 1024, optional=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(f"min_tokens is {self.min_tokens}; allowed: 0..max_tokens ({self.max_tokens})")
+        if (r := self.repetition_detection) is not None:
+            _integer(r, "min_pattern_size", 1, 2**31 - 1)
+            _integer(r, "max_pattern_size", r.min_pattern_size, 2**31 - 1)
+            _integer(r, "min_count", 2, 2**31 - 1)
+
+    def _check_lists(self) -> None:
+        for name in ("stop", "bad_words"):
+            for item in getattr(self, name):
+                if not isinstance(item, str) or not item:
+                    raise InvalidRequestError(f"{name} holds {item!r}; allowed: strings that aren't empty")
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError(
+                f"stop is {list(self.stop)!r} with detokenize=False; stop strings need detokenize=True"
+            )
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for item in getattr(self, name) or ():
+                if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+                    raise InvalidRequestError(f"{name} holds {item!r}; allowed: token ids, 0..vocab_size-1")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequestError("allowed_token_ids is empty; allowed: None, or at least one token id")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> SamplingParams:
+        """Builds from a mapping; an unknown key is refused by name."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise InvalidRequestError(f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**settings)
+
+    def with_changes(self, **changes: Any) -> SamplingParams:
+        """A validated copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _bias(bias: Mapping[int, float]) -> dict[int, float]:
+    clean: dict[int, float] = {}
+    for key, value in bias.items():
+        try:  # OpenAI clients send the ids as strings
+            token_id = int(key)
+        except (TypeError, ValueError):
+            raise InvalidRequestError(f"logit_bias has key {key!r}; allowed: token ids") from None
+        if token_id < 0 or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+            raise InvalidRequestError(f"logit_bias has {key!r}: {value!r}; allowed: token ids, biases in -100..100")
+        clean[token_id] = float(value)
+    return clean
+
+
+def _number(owner: Any, name: str, low: float, high: float, *, low_open: bool = False, optional: bool = False) -> None:
+    value = getattr(owner, name)
+    if value is None and optional:
+        return
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value > high or value < low or (low_open and value == low):
+        span = f"{'(' if low_open else '['}{low:g}, {high:g}]"
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: a number in {span}{' or None' if optional else ''}")
+
+
+def _integer(owner: Any, name: str, low: int, high: int, *, optional: bool = False) -> None:
+    value = getattr(owner, name)
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidRequestError(
+            f"{name} is {value!r}; allowed: an integer in {low}..{high}{' or None' if optional else ''}"
+        )
