@@ -1,4 +1,4 @@
-"""The shape and options of one decoder-only transformer: a frozen, hashable description that every model file builds from."""
+"""The shape and options of one decoder-only transformer: frozen, hashable, and all that a model file builds from."""
 
 from __future__ import annotations
 

@@ -1,0 +1,52 @@
+"""Gemma 3, text: four norms a layer, norms that scale by ``1 + weight``, qk-norm, tanh GELU, scaled embeddings.
+
+The window pattern and the two rope bases come in through ``config.layers``.
+
+Shape letters: T packed tokens, E model dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention.types import KVPool
+
+from .config import ModelConfig
+from .layers import Attend, RMSNorm
+from .llama import Llama, LlamaLayer
+from .rope import RopeTable
+
+
+class GemmaRMSNorm(RMSNorm):
+    """RMS norm whose checkpoint weight is the distance from 1."""
+
+    def scale(self) -> jax.Array:
+        return 1.0 + super().scale()
+
+
+class Gemma3Layer(LlamaLayer):
+    """``x + norm(attn(norm(x)))``, then ``x + norm(mlp(norm(x)))``."""
+
+    norm_type = GemmaRMSNorm
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        super().__init__(config, dtype)
+        self.post_attn_norm = GemmaRMSNorm(config.model_dim, config.norm_eps, dtype)
+        self.post_mlp_norm = GemmaRMSNorm(config.model_dim, config.norm_eps, dtype)
+
+    def __call__(
+        self,
+        layer: int,
+        x: jax.Array,  # [T, E]
+        rope: RopeTable,
+        pool: KVPool,
+        attend: Attend,
+    ) -> tuple[jax.Array, KVPool]:
+        attended, pool = self.attn(layer, self.attn_norm(x), rope, pool, attend)
+        x = x + self.post_attn_norm(attended)
+        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x))), pool
+
+
+class Gemma3(Llama):
+    layer_type = Gemma3Layer

@@ -1,0 +1,169 @@
+"""The parts that all families share: norm, embedding, attention block, MLP, LM head.
+
+Shape letters: T packed tokens, M rows of the LM head, Hq/Hk query/KV heads, G = Hq/Hk, D head dim, E model dim,
+F ffn dim, V padded vocabulary.
+
+Modules are abstract: a parameter is born as a shape with the names of its axes, and the real array comes in from
+outside when a step merges its params with the graph definition (see registry.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.ragged_paged_attention.types import KVPool
+
+from .config import ModelConfig
+from .linear import einsum
+from .rope import RopeTable, apply_rope
+
+Axes = tuple[str | None, ...]  # one logical name an axis; sharding.py maps them to the mesh
+# (layer index, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D], pool) -> (out [T, Hq, D], pool with k and v written)
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array, KVPool], tuple[jax.Array, KVPool]]
+
+
+def param(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype) -> nnx.Param:
+    """A parameter without a value."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+
+
+class Linear(nnx.Module):
+    """One projection, written as an einsum of the activations with the weight."""
+
+    def __init__(self, spec: str, shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, bias: bool = False):
+        """``bias``: over all axes of the weight but the first."""
+        self.spec, self.has_bias = spec, bias
+        self.weight = param(shape, axes, dtype)
+        if bias:
+            self.bias = param(shape[1:], axes[1:], dtype)
+
+    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        out = einsum(self.spec, x, self.weight.get_value(), out_dtype)
+        return out + self.bias.get_value() if self.has_bias else out
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32 and rounded once."""
+
+    def __init__(self, dim: int, eps: float, dtype: jnp.dtype):
+        self.eps = eps
+        self.weight = param((dim,), (None,), dtype)
+
+    def scale(self) -> jax.Array:
+        return self.weight.get_value().astype(jnp.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., dim] -> [..., dim]
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale()).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token ids to vectors, times the family's embedding scale."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, padded_vocab: int):
+        self.embedding_scale = config.embedding_scale
+        self.weight = param((padded_vocab, config.model_dim), ("vocab", "embed"), dtype)
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:  # [T] -> [T, E]
+        # Clipped, so that whatever stands in a padding token is harmless.
+        x = jnp.take(self.weight.get_value(), token_ids, axis=0, mode="clip")
+        if self.embedding_scale == 1.0:
+            return x
+        return x * jnp.asarray(self.embedding_scale, x.dtype)  # rounded to the dtype first, as the checkpoints expect
+
+
+class Attention(nnx.Module):
+    """Fused qkv projection, optional bias and qk-norm, rope, attention over the cache, output projection.
+
+    ``qkv`` keeps each KV head's G query heads, its key and its value side by side, so that sharding KV heads shards all
+    three alike.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, norm_type: type[RMSNorm]):
+        heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
+        dim, head_dim = config.model_dim, config.head_dim
+        self.group, self.qk_norm = group, config.qk_norm
+        self.qkv = Linear(
+            "te,ehgd->thgd",
+            (dim, heads, group + 2, head_dim),
+            ("embed", "kv_heads", "q_group", "head_dim"),
+            dtype,
+            bias=config.qkv_bias,
+        )
+        if config.qk_norm:
+            self.q_norm = norm_type(head_dim, config.norm_eps, dtype)
+            self.k_norm = norm_type(head_dim, config.norm_eps, dtype)
+        self.o = Linear(
+            "thgd,hgde->te",
+            (heads, group, head_dim, dim),
+            ("kv_heads", "q_group", "head_dim", "embed"),
+            dtype,
+        )
+
+    def __call__(
+        self,
+        layer: int,
+        x: jax.Array,  # [T, E]
+        rope: RopeTable,
+        pool: KVPool,
+        attend: Attend,
+    ) -> tuple[jax.Array, KVPool]:
+        qkv = self.qkv(x)  # [T, Hk, G+2, D]
+        num_tokens, heads, _, head_dim = qkv.shape
+        q = qkv[:, :, : self.group].reshape(num_tokens, heads * self.group, head_dim)  # [T, Hq, D]
+        k, v = qkv[:, :, self.group], qkv[:, :, self.group + 1]  # [T, Hk, D]
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, pool = attend(layer, apply_rope(q, rope), apply_rope(k, rope), v, pool)  # [T, Hq, D]
+        out = out.reshape(num_tokens, heads, self.group, head_dim)
+        return self.o(out), pool
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class MLP(nnx.Module):
+    """Gated MLP: ``down(activation(gate(x)) * up(x))`` with gate and up in one weight."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        dim, ffn = config.model_dim, config.ffn_dim
+        self.activation = config.activation
+        self.gate_up = Linear("te,ezf->tzf", (dim, 2, ffn), ("embed", None, "ffn"), dtype)
+        self.down = Linear("tf,fe->te", (ffn, dim), ("ffn", "embed"), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [T, E] -> [T, E]
+        gate_up = self.gate_up(x)  # [T, 2, F]
+        gate = _ACTIVATIONS[self.activation](gate_up[:, 0].astype(jnp.float32))
+        inner = (gate * gate_up[:, 1]).astype(x.dtype)  # [T, F]
+        return self.down(inner)
+
+
+class LMHead(nnx.Module):
+    """Final norm and logits. A tied model's head reads ``embed`` of the params, another's ``lm_head``."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, padded_vocab: int, norm_type: type[RMSNorm]):
+        self.vocab_size, self.soft_cap, self.tied = config.vocab_size, config.logit_soft_cap, config.tie_embeddings
+        self.final_norm = norm_type(config.model_dim, config.norm_eps, dtype)
+        table = Linear("me,ve->mv", (padded_vocab, config.model_dim), ("vocab", "embed"), dtype)
+        if self.tied:
+            self.embed = table
+        else:
+            self.lm_head = table
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:  # [M, E] -> float32[M, V]
+        table = self.embed if self.tied else self.lm_head
+        logits = table(self.final_norm(hidden), jnp.dtype(jnp.float32))
+        if self.soft_cap is not None:
+            logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+        if logits.shape[-1] == self.vocab_size:
+            return logits
+        is_real = jnp.arange(logits.shape[-1]) < self.vocab_size
+        return jnp.where(is_real, logits, -jnp.inf)
