@@ -1,15 +1,17 @@
 """Arguments of the ragged paged attention op.
 
-Shape letters: R rows (requests) in the step, T packed query tokens, P block-table columns, N blocks in the pool, B block
-size, Hq/Hk query/KV heads, G = Hq/Hk, D head dim, Ds the implementation's storage size of D.
+Shape letters: R rows (requests) in the step, T packed query tokens, P block-table columns, N blocks in the pool, B
+block size, Hq/Hk query/KV heads, G = Hq/Hk, D head dim, Ds the implementation's storage size of D.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,34 @@ class RaggedBatch:
 
 Implementation = str  # "xla" | "pallas_gpu" | "pallas_tpu"
 Sinks = Any  # float32[Hq] | None
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """How one implementation stores a layer's pool. ``storage_dim`` is Ds, ``head_dim`` padded with zeros."""
+
+    storage_dim: int
+
+    def values_shape(self, spec: AttentionSpec, num_blocks: int) -> tuple[int, ...]:
+        return (num_blocks, 2, spec.num_kv_heads, spec.block_size, self.storage_dim)
+
+    def scales_shape(self, spec: AttentionSpec, num_blocks: int) -> tuple[int, ...] | None:
+        """Shape of the float32 scales, or None where the KV dtype needs none."""
+        if spec.kv_dtype == "int8":
+            return (num_blocks, 2, spec.num_kv_heads, spec.block_size)
+        if spec.kv_dtype == "float8_e4m3fn":
+            return (2, spec.num_kv_heads)
+        return None
+
+    def bytes_per_block(self, spec: AttentionSpec) -> int:
+        """Bytes that one more block costs in one layer."""
+        size = math.prod(self.values_shape(spec, 1)) * jnp.dtype(spec.kv_dtype).itemsize
+        if spec.kv_dtype == "int8":
+            size += 4 * 2 * spec.num_kv_heads * spec.block_size
+        return size
+
+    def empty_pool(self, spec: AttentionSpec, num_blocks: int) -> KVPool:
+        """A pool of zeros; fp8 scales are one. Traceable, so that it can be built sharded under ``jax.jit``."""
+        shape = self.scales_shape(spec, num_blocks)
+        scales = None if shape is None else jnp.ones(shape, jnp.float32)
+        return KVPool(jnp.zeros(self.values_shape(spec, num_blocks), spec.kv_dtype), scales)
