@@ -23,11 +23,23 @@ def einsum(spec: str, x: jax.Array, weight: Weight, out_dtype: jnp.dtype | None 
     float32 is computed at HIGHEST precision (JAX's default would be TF32 on GPU and bfloat16 on TPU). Lower dtypes
     accumulate in float32, which is what matrix units do, and round once, to ``out_dtype`` (``x``'s dtype unless given).
 
-    The contracted axes of a weight must stand together, and so must its other axes: then the product is one plain
-    matrix product and the weight is read where it lies, not transposed first.
+    The result's axes are those of ``x``, then those of the weight, without the contracted ones. A weight's contracted
+    axes stand together and in the order that ``x`` has them: then the product is one plain matrix product that reads
+    the weight where it lies. (``jnp.einsum`` may contract them in another order, and XLA then copies the weight.)
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if not isinstance(weight, jax.Array):
         return weight.einsum(spec, x, out_dtype)
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=out_dtype)
+    operands, result = spec.split("->")
+    left, right = operands.split(",")
+    shared = [axis for axis in left if axis in right]
+    if "".join(shared) not in right or result != "".join(axis for axis in left + right if axis not in shared):
+        raise ValueError(f"{spec!r} isn't one plain matrix product")
+    contracted = [left.index(axis) for axis in shared], [right.index(axis) for axis in shared]
+    return jax.lax.dot_general(
+        x,
+        weight,
+        (contracted, ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=out_dtype,
+    )

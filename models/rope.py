@@ -43,12 +43,14 @@ def rope_tables(ropes: Iterable[RopeConfig], positions: jax.Array, head_dim: int
     Args:
         positions: int32[T], absolute positions.
     """
-    tables = {}
-    for rope in dict.fromkeys(ropes):
+    distinct = list(dict.fromkeys(ropes))
+    tables = []
+    for rope in distinct:
         inverse = jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)  # [D/2]
         angles = positions.astype(jnp.float32)[:, None] * inverse  # [T, D/2]
-        tables[rope] = (jnp.cos(angles), jnp.sin(angles))
-    return tables
+        tables.append((jnp.cos(angles), jnp.sin(angles)))
+    # The barrier keeps XLA from computing cos and sin again in the fusions of every layer.
+    return dict(zip(distinct, jax.lax.optimization_barrier(tables), strict=True))
 
 
 def apply_rope(x: jax.Array, table: RopeTable) -> jax.Array:
