@@ -1,0 +1,1 @@
+"""Drafts: looked up (``ngram``) and checked (``verify``). The verifier proper is the sampler itself."""

@@ -1,0 +1,60 @@
+"""Logits to tokens: the one sampler of decode, prefill and verify.
+
+The order is vLLM's: raw log-probabilities; then ``processors`` (masks, bad words, min_tokens, bias, penalties); then
+temperature, min_p, top_k, top_p (``truncate``); then the draw. The draw is Gumbel-max, written as
+
+    argmax over kept ids of  logits + temperature * noise
+
+which has the distribution softmax(logits / temperature), can't overflow at small temperatures, and is plain argmax in
+rows of temperature 0. Equal values: the lowest id wins. A row in which every id is masked gives id 0.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.sampling import logprobs, processors
+from jaxserve.sampling.logprobs import LogprobArrays
+from jaxserve.sampling.noise import gumbel
+from jaxserve.sampling.rows import SampleRows
+from jaxserve.sampling.state import SamplingState
+from jaxserve.sampling.tier import Tier
+from jaxserve.sampling.truncate import truncate
+
+
+def sample(
+    logits: jax.Array,  # float32[M, Vp]
+    rows: SampleRows,
+    state: SamplingState,
+    *,
+    tier: Tier,
+    vocab_size: int,
+    max_logprobs: int,
+    token_mask: jax.Array | None = None,  # uint32[M, W], bit set = allowed
+) -> tuple[jax.Array, LogprobArrays | None]:
+    """One token per row, int32[M], always in 0..vocab_size-1.
+
+    Args:
+        rows: from ``rows.make_rows``: which choice and which position of it each row is.
+        tier: what is compiled in; a row gives the same token in every tier that honours its settings.
+        vocab_size: ids from here to Vp are padding and never sampled.
+        max_logprobs: C of the returned log-probabilities; they come in tier FULL only, else None.
+        token_mask: ids a grammar allows, in any tier.
+    """
+    logits = processors.mask_padding(logits.astype(jnp.float32), vocab_size)
+    raw = logits
+    if token_mask is not None:
+        logits = processors.apply_token_mask(logits, token_mask)
+    if tier >= Tier.FULL:
+        logits = processors.process(logits, rows, state)
+    if tier >= Tier.TRUNCATED:
+        slots = rows.slots
+        logits = truncate(logits, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.min_p[slots])
+    if tier >= Tier.PLAIN:
+        noise = gumbel(state.key[rows.slots], rows.output_index, logits.shape[1])
+        logits = logits + state.temperature[rows.slots][:, None] * noise
+    token_ids = jnp.argmax(logits, axis=1).astype(jnp.int32)
+    if tier < Tier.FULL:
+        return token_ids, None
+    return token_ids, logprobs.compute(raw, token_ids, max_logprobs)
