@@ -1,0 +1,96 @@
+"""Requests of one synchronous call, from submission to the last event. Imports no jax."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from jaxserve.engine.collector import RequestCollector
+from jaxserve.engine.events import ChoiceEvent
+from jaxserve.engine.requests import Request
+from jaxserve.errors import EngineDeadError
+from jaxserve.text.codec import Codec
+
+if TYPE_CHECKING:
+    from jaxserve.engine.core import EngineCore
+
+HEALTH_SECONDS = 1.0  # how long to wait for an event before asking whether the core still lives
+
+
+def raise_dead(event: ChoiceEvent) -> None:
+    """Raises what the engine died of, if the event says that it did. Every caller gets an exception of its own."""
+    if event.error is not None:
+        raise EngineDeadError(f"the engine failed: {event.error}") from event.error
+
+
+class Submission:
+    """A context manager: whatever is unfinished when it is left is aborted, and the engine goes on.
+
+    Any thread may use its own; the events come through a queue, so the core never waits for a caller.
+    """
+
+    def __init__(self, core: EngineCore, codec: Codec, requests: Sequence[Request], *, streaming: bool = False):
+        self.collectors = [RequestCollector(request, codec, streaming=streaming) for request in requests]
+        self._core = core
+        self._events: queue.SimpleQueue[ChoiceEvent] = queue.SimpleQueue()
+        self._by_choice = {
+            choice.choice_id: collector for collector in self.collectors for choice in collector.request.choices
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def submit(self) -> None:
+        """Hands all choices to the core at once."""
+        self._core.submit([c for collector in self.collectors for c in collector.request.choices], self._events.put)
+
+    def updates(self) -> Iterator[RequestCollector]:
+        """Yields a collector whenever events changed it, until all requests are finished.
+
+        Raises:
+            EngineDeadError: the engine died.
+        """
+        unfinished = {id(collector) for collector in self.collectors}
+        while unfinished:
+            for collector in self._take().values():
+                if collector.finished:
+                    unfinished.discard(id(collector))
+                yield collector
+
+    def abort(self) -> None:
+        """Ends every choice that still runs. Does nothing to finished ones."""
+        for collector in self.collectors:
+            for choice_id in collector.unfinished_ids:
+                self._core.finish(choice_id, "abort")
+
+    def _take(self) -> dict[int, RequestCollector]:
+        """Waits for an event, takes all that are there; the collectors that changed."""
+        changed: dict[int, RequestCollector] = {}
+        event: ChoiceEvent | None = self._wait()
+        while event is not None:
+            raise_dead(event)
+            collector = self._by_choice[event.choice_id]
+            finished = collector.finished
+            if (stop := collector.add(event)) is not None:
+                self._core.finish(event.choice_id, "stop", stop)
+            if not finished:
+                changed[id(collector)] = collector
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                event = None
+        return changed
+
+    def _wait(self) -> ChoiceEvent:
+        while True:
+            try:
+                return self._events.get(timeout=HEALTH_SECONDS)
+            except queue.Empty:
+                self._core.check_health()
