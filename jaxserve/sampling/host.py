@@ -75,7 +75,7 @@ def host_row(
         _check_ids("allowed_token_ids", params.allowed_token_ids, vocab_size)
         allowed = bitmask.from_ids(params.allowed_token_ids, vocab_size)
     return {
-        "temperature": np.float32(params.temperature).reshape(()),
+        "temperature": np.array(params.temperature, np.float32),
         "top_k": np.array(max(params.top_k, 0), np.int32),
         "top_p": np.array(params.top_p, np.float32),
         "min_p": np.array(params.min_p, np.float32),

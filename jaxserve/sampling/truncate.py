@@ -1,7 +1,7 @@
 """min_p, top_k and top_p without a sort: the kept ids of a row are those at or above a threshold.
 
 The threshold is found exactly, by descending through the bits of the logits (float32 bits, reordered so as to compare
-as unsigned integers) from the highest: four bits a pass, one fused reduction over the row a pass, eight passes.
+as unsigned integers) from the highest, some bits a pass, one fused reduction over the row a pass.
 
 Ties: ids whose logits equal the threshold's are all kept. So top_k keeps more than k ids only where several share the
 k-th largest logit, and top_p's is the smallest upper set of logit values whose mass reaches p. As in vLLM, min_p counts
@@ -11,13 +11,13 @@ is always kept; a row whose settings are neutral keeps everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_DIGIT_BITS = 4
+_PARTS = 64  # of a row; a multiple of the mesh's size, so that shards of the vocabulary hold whole parts
 _COLDEST = np.float32(1e-30)  # keeps 0 / temperature at 0; a greedy row keeps its maxima only
 
 
@@ -35,12 +35,12 @@ def truncate(
     keys = jnp.where(scaled >= jnp.log(min_p)[:, None], _ordered_bits(logits), np.uint32(0))
 
     wanted = jnp.where(top_k > 0, top_k, np.int32(2**31 - 1))
-    kth = _descend(keys, wanted, lambda kept: kept.astype(jnp.int32))
+    kth = _threshold(keys, wanted, None)
     keys = jnp.where(keys >= kth[:, None], keys, np.uint32(0))
 
     mass = jnp.where(keys > 0, jnp.exp(scaled), 0.0)  # [M, V]
     wanted_mass = jnp.where(top_p < 1.0, top_p * jnp.sum(mass, axis=1), jnp.inf)
-    nucleus = _descend(keys, wanted_mass, lambda kept: jnp.where(kept, mass, 0.0))
+    nucleus = _threshold(keys, wanted_mass, mass)
     return jnp.where((keys > 0) & (keys >= nucleus[:, None]), logits, -jnp.inf)
 
 
@@ -51,18 +51,60 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _descend(
+def _threshold(
     keys: jax.Array,  # uint32[M, V]
-    wanted: jax.Array,  # [M]
-    weigh: Callable[[jax.Array], jax.Array],  # bool[M, V] -> weights [M, V] of the ids that are in
+    wanted: jax.Array,  # int32[M] ids, or float32[M] of mass
+    mass: jax.Array | None,  # float32[M, V]; None counts ids
 ) -> jax.Array:
     """uint32[M]: the largest t for which the ids with ``keys >= t`` weigh ``wanted`` or more; 0 where none does."""
-    threshold = jnp.zeros(keys.shape[0], jnp.uint32)
-    for shift in range(32 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        digit = jnp.zeros(keys.shape[0], jnp.uint32)
-        for candidate in range(1, 1 << _DIGIT_BITS):  # sibling reductions of one operand: the compiler fuses them
-            bound = threshold | np.uint32(candidate << shift)
-            weight = jnp.sum(weigh(keys >= bound[:, None]), axis=1)
-            digit = digit + (weight >= wanted).astype(jnp.uint32)
-        threshold = threshold | (digit << np.uint32(shift))
-    return threshold
+    operands = (keys, wanted) if mass is None else (keys, wanted, mass)
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(descend, digit_bits=1, unroll=False),  # bound by arithmetic, and by compile time
+        default=functools.partial(descend, digit_bits=3, unroll=True),  # by memory; a loop would break CUDA graphs
+    )
+
+
+def descend(
+    keys: jax.Array,  # uint32[M, V]
+    wanted: jax.Array,  # int32[M] or float32[M]
+    mass: jax.Array | None = None,  # float32[M, V]
+    *,
+    digit_bits: int,
+    unroll: bool,
+) -> jax.Array:
+    """uint32[M]: what ``_threshold`` promises, found ``digit_bits`` at a time from the highest.
+
+    A pass weighs the ids above 2**digit_bits - 1 thresholds: as many sibling reductions of one operand, which the
+    compiler fuses (on GPU at most eight). Each is over parts of the row first: one row alone can't occupy a GPU.
+    """
+    keys = _in_parts(keys)
+    mass = None if mass is None else _in_parts(mass)
+
+    def weigh(bound: jax.Array) -> jax.Array:
+        kept = keys >= bound[:, None, None]
+        if mass is None:
+            return jnp.sum(kept, axis=2, dtype=jnp.int32)
+        return jnp.sum(jnp.where(kept, mass, 0.0), axis=2)
+
+    def one_pass(step: jax.Array | int, threshold: jax.Array) -> jax.Array:
+        shift = jnp.uint32(digit_bits) * (jnp.uint32(num_passes - 1) - jnp.uint32(step))
+        digits = jnp.arange(1, 1 << digit_bits, dtype=jnp.uint32)[:, None]
+        bounds = threshold | (digits << shift)  # [digits, M]
+        valid = (digits << shift) >> shift == digits  # the first digit may reach past bit 31
+        weights = jnp.stack([weigh(bound) for bound in bounds])  # [digits, M, parts]
+        enough = valid & (jnp.sum(weights, axis=2) >= wanted)
+        return threshold | (jnp.sum(enough, axis=0, dtype=jnp.uint32) << shift)
+
+    num_passes = -(-32 // digit_bits)
+    threshold = jnp.zeros_like(keys[:, 0, 0])
+    return jax.lax.fori_loop(0, num_passes, one_pass, threshold, unroll=unroll)
+
+
+def _in_parts(
+    x: jax.Array,  # [M, V]
+) -> jax.Array:
+    """[M, parts, ceil(V / parts)], padded with 0, which is below every threshold."""
+    M, V = x.shape
+    part = -(-V // _PARTS)
+    return jnp.pad(x, ((0, 0), (0, _PARTS * part - V))).reshape(M, _PARTS, part)
