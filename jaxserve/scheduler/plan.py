@@ -67,8 +67,8 @@ class Logprobs:
 class StepResult:
     """What one step produced, on the host. ``token_ids[r, :num_emitted[r]]`` are real, the rest is padding.
 
-    ``logprobs`` (or None) has leading shape [R, K+1]; ``prompt_logprobs`` maps row -> (first position, Logprobs): entry i
-    is prompt token ``first position + i`` (so the first position is at least 1).
+    ``logprobs`` (or None) has leading shape [R, K+1]; ``prompt_logprobs`` maps row -> (first position, Logprobs):
+    entry i is prompt token ``first position + i`` (so the first position is at least 1).
     """
 
     step_id: int

@@ -1,0 +1,26 @@
+"""Counters of one scheduler, since its start."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Sums over the scheduler's life. Padding is never counted."""
+
+    num_steps: int = 0
+    num_planned_tokens: int = 0  # upper bounds, where drafts are looked up on the device
+    num_emitted_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_admissions: int = 0
+    num_preemptions: int = 0
+    num_dropped_rows: int = 0  # results of an older epoch
+    num_prefix_queries: int = 0  # tokens looked up in the prefix cache
+    num_prefix_hits: int = 0  # tokens found there
+    num_repetition_warnings: int = 0
+    num_finished: dict[str, int] = field(default_factory=dict)  # by finish reason
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        return asdict(self)
