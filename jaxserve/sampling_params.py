@@ -1,17 +1,18 @@
 """What a caller may ask of one generation. Imports no jax.
 
-The names and defaults are vLLM's. Every field is honoured, or refused here (or at admission, where the answer depends on
-the model) with an error that names field, value and allowed range.
+The names and defaults are vLLM's. Every field is honoured, or refused here (or at admission, where the answer depends
+on the model) with an error that names field, value and allowed range.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.vllm_arguments import SAMPLING_NEUTRAL, accept_neutral
 
 MAX_SEED = 2**63 - 1
 
@@ -28,9 +29,12 @@ class RepetitionDetection:
     min_count: int = 8
 
 
+@accept_neutral(SAMPLING_NEUTRAL, InvalidRequestError)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Settings of one request. Immutable; ``dataclasses.replace`` makes a changed copy.
+
+    vLLM's other arguments are accepted where they ask for nothing (``vllm_arguments.py``), else refused.
 
     Raises:
         InvalidRequestError: a field is out of range; the message names field, value and range.
@@ -65,16 +69,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        put(self, "stop", stop)
-        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        put(self, "bad_words", tuple(self.bad_words or ()))
+        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
+        for name in ("stop_token_ids", "bad_words"):
+            put(self, name, _tuple(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
-            put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            put(self, "allowed_token_ids", _tuple("allowed_token_ids", self.allowed_token_ids))
         if self.logit_bias is not None:
             put(self, "logit_bias", _bias(self.logit_bias))
         if isinstance(self.repetition_detection, Mapping):
-            put(self, "repetition_detection", RepetitionDetection(**self.repetition_detection))
+            put(self, "repetition_detection", _repetition(self.repetition_detection))
         if self.top_k == -1:
             put(self, "top_k", 0)
         self._check_numbers()
@@ -137,7 +140,24 @@ class SamplingParams:
         return replace(self, **changes)
 
 
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: a list, or None")
+    return tuple(value)
+
+
+def _repetition(settings: Mapping[str, Any]) -> RepetitionDetection:
+    known = [f.name for f in fields(RepetitionDetection)]
+    if unknown := sorted(set(settings) - set(known)):
+        raise InvalidRequestError(f"repetition_detection holds {unknown[0]!r}; allowed: {', '.join(known)}")
+    return RepetitionDetection(**settings)
+
+
 def _bias(bias: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise InvalidRequestError(f"logit_bias is {bias!r}; allowed: a mapping from token ids to biases, or None")
     clean: dict[int, float] = {}
     for key, value in bias.items():
         try:  # OpenAI clients send the ids as strings

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 # name -> the values that ask for nothing
@@ -97,9 +99,32 @@ def drop_neutral(
     for name, value in settings.items():
         if name not in neutral:
             kept[name] = value
-        elif not any(type(value) is type(one) and value == one or value is one for one in neutral[name]):
-            if isinstance(value, float) and value in neutral[name]:
-                continue
+        elif not any(_same(value, one) for one in neutral[name]):
             allowed = " or ".join(repr(one) for one in neutral[name])
             raise error(f"{name} is {value!r}, which jaxserve doesn't support; allowed: {allowed}")
     return kept
+
+
+def accept_neutral[T](neutral: Mapping[str, tuple[Any, ...]], error: type[ValueError]) -> Callable[[type[T]], type[T]]:
+    """Decorates a keyword-only dataclass: its constructor also takes ``neutral``, and names what it doesn't know."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        fill: Any = cls.__init__
+        known = sorted(f.name for f in fields(cls))  # type: ignore[arg-type]
+
+        @functools.wraps(fill)
+        def __init__(self: T, **settings: Any) -> None:
+            settings = drop_neutral(settings, neutral, error)
+            if unknown := sorted(set(settings) - set(known)):
+                raise error(f"{cls.__name__} doesn't know {unknown[0]!r}; known: {', '.join(known)}")
+            fill(self, **settings)
+
+        setattr(cls, "__init__", __init__)  # noqa: B010
+        return cls
+
+    return decorate
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, without taking True for 1 or [] for None."""
+    return value is neutral or (isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral))
