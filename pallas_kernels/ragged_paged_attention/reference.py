@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ragged_paged_attention.tiles import cut_tiles
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch, Sinks
 
 _MASKED = -1e30  # finite: a fully masked chunk must not make exp(-inf - -inf)
@@ -118,30 +119,21 @@ def _attend_wide(
     """``out`` with the rows of more than ``narrow_width`` tokens filled in."""
     T = q.shape[0]
     tile = min(_MAX_TILE, T)
-    starts, lengths = batch.cu_q_lens[:-1], jnp.diff(batch.cu_q_lens)
-    lengths = jnp.where(lengths > narrow_width, lengths, 0)
-    tile_ends = jnp.cumsum((lengths + tile - 1) // tile)  # int32[R]
+    tiles = cut_tiles(batch, T, tile, above=narrow_width)
     # A tile near the end may reach past T: pad, so that its slice isn't moved.
     q = jnp.pad(q, ((0, tile), (0, 0), (0, 0), (0, 0)))
     out = jnp.pad(out, ((0, tile), (0, 0), (0, 0), (0, 0)))
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        row = jnp.sum(tile_ends <= i)
-        done = (i - jnp.where(row > 0, tile_ends[row - 1], 0)) * tile  # tokens of the row in earlier tiles
-        first_token = starts[row] + done
-        length = jnp.minimum(lengths[row] - done, tile)
-        queries = _Queries(
-            lax.dynamic_slice_in_dim(q, first_token, tile)[None],
-            row[None],
-            (batch.context_lens[row] - lengths[row] + done)[None],
-            length[None],
-        )
+        first_token, length = tiles.first_token[i], tiles.length[i]
+        q_tile = lax.dynamic_slice_in_dim(q, first_token, tile)
+        queries = _Queries(q_tile[None], tiles.row[i, None], tiles.first_pos[i, None], length[None])
         new = _online_softmax(queries, pool, batch, spec, sinks)[0]
         old = lax.dynamic_slice_in_dim(out, first_token, tile)
         ours = (jnp.arange(tile) < length)[:, None, None, None]
         return lax.dynamic_update_slice_in_dim(out, jnp.where(ours, new, old), first_token, axis=0)
 
-    return lax.fori_loop(0, tile_ends[-1], body, out)[:T]
+    return lax.fori_loop(0, tiles.count[0], body, out)[:T]
 
 
 def _online_softmax(
