@@ -1,11 +1,13 @@
-"""What a step's tokens mean for a choice: which are kept, and whether it ends."""
+"""What a step's results change."""
 
 from __future__ import annotations
 
-from jaxserve.scheduler.plan import Logprobs
-from jaxserve.scheduler.repetition import LOOK_EVERY, repeated_pattern_len
+from jaxserve.scheduler.adaptive import judge
+from jaxserve.scheduler.invariants import SchedulerInvariantError
+from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
 from jaxserve.scheduler.request import Choice, FinishReason
-from jaxserve.scheduler.stats import SchedulerStats
+from jaxserve.scheduler.state import SchedulerState
+from jaxserve.scheduler.stopping import append_tokens
 
 
 class Commit:
@@ -43,52 +45,108 @@ class Commit:
         return f"Commit({self.choice.choice_id}, {self.new_token_ids}, {self.finish_reason}, {self.stop_reason})"
 
 
-def append_tokens(
-    choice: Choice, token_ids: list[int], stats: SchedulerStats
-) -> tuple[list[int], FinishReason | None, int | str | None]:
-    """Appends the shortest prefix of ``token_ids`` that ends the choice, or all of them.
+class Committer:
+    """Applies results to a scheduler's state."""
 
-    The answer is a function of the whole output, not of how it was cut into steps. Of two reasons at the same token,
-    stop beats length and length beats repetition. Stop ids and loops count only after ``min_tokens`` tokens.
+    def __init__(self, state: SchedulerState) -> None:
+        self.state = state
+        self.config = state.config
 
-    Returns:
-        The tokens appended, the finish reason and the stop reason.
-    """
-    output = choice.output_token_ids
-    before = len(output)
-    keep = len(token_ids)
-    reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    if before + keep >= choice.max_output_len:
-        keep, reason = choice.max_output_len - before, "length"
-    stop_ids = choice.stop_ids
-    if stop_ids and not stop_ids.isdisjoint(token_ids):
-        for i in range(max(0, choice.min_output_len - before), keep):
-            token_id = token_ids[i]
-            if token_id in stop_ids:
-                keep, reason = i + 1, "stop"
-                ends_answer = token_id in choice.eos_token_ids and not choice.params.ignore_eos
-                stop_reason = None if ends_answer else token_id
-                break
-    output.extend(token_ids if keep == len(token_ids) else token_ids[:keep])
-    while len(output) >= choice.repetition_at:
-        look_at = choice.repetition_at
-        choice.repetition_at = look_at + LOOK_EVERY
-        if look_at < choice.min_output_len or not _loops(choice, look_at):
-            continue
-        if not choice.repetition_stops:
-            stats.num_repetition_warnings += 1
-            choice.repetition_at = choice.max_output_len + 1
-        elif look_at < len(output) or reason is None:
-            del output[look_at:]
-            keep, reason, stop_reason = look_at - before, "repetition", "repetition_detected"
-            break
-    return token_ids[:keep], reason, stop_reason
+    def apply(self, plan: StepPlan, result: StepResult) -> list[Commit]:
+        """Applies the result of the oldest outstanding plan; rows of choices that have left it meanwhile are dropped.
+
+        Returns:
+            One entry for each choice that got tokens, an end, or prompt logprobs.
+
+        Raises:
+            SchedulerInvariantError: the result isn't the oldest plan's, or claims what the plan didn't allow.
+        """
+        state, stats = self.state, self.state.stats
+        if not state.outstanding or state.outstanding[0] is not plan or result.step_id != plan.step_id:
+            raise SchedulerInvariantError(f"result of step {result.step_id} isn't that of the oldest outstanding plan")
+        state.outstanding.popleft()
+        rows = zip(
+            plan.choices,
+            plan.epochs.tolist(),
+            plan.widths.tolist(),
+            plan.num_drafts.tolist(),
+            plan.samples.tolist(),
+            result.num_emitted.tolist(),
+            result.num_drafted.tolist(),
+            result.token_ids.tolist(),
+            strict=True,
+        )
+        prompt_logprobs = result.prompt_logprobs
+        commits: list[Commit] = []
+        num_drafted = num_accepted = num_emitted = 0
+        for row, (choice, epoch, width, drafts_len, samples, emitted, drafted, token_ids) in enumerate(rows):
+            if choice.epoch != epoch:
+                stats.num_dropped_rows += 1
+                continue
+            choice.in_flight_len -= width
+            if not samples:
+                choice.computed_len += width
+                state.publish(choice)
+                state.wake_siblings(choice)
+                if row in prompt_logprobs:
+                    commits.append(Commit(choice, row, [], None, None, _new_logprobs(choice, row, result)))
+                continue
+            if not 1 <= emitted <= 1 + drafted <= 1 + drafts_len:
+                raise SchedulerInvariantError(
+                    f"step {plan.step_id} row {row}: {emitted} tokens from {drafted} drafts of at most {drafts_len}"
+                )
+            choice.computed_len += width - 1 - drafts_len + emitted
+            if drafts_len:
+                num_drafted += drafted
+                num_accepted += emitted - 1
+                self._count_drafts(choice, drafts_len, drafted, emitted - 1)
+            del token_ids[emitted:]
+            reason, stop_reason = append_tokens(choice, token_ids, stats)
+            num_emitted += len(token_ids)
+            if choice.computed_len >= choice.publish_at:
+                state.publish(choice)
+            if choice.siblings is not None:
+                state.wake_siblings(choice)
+            commit = Commit(choice, row, token_ids, reason, stop_reason)
+            if row in prompt_logprobs:
+                commit.prompt_logprobs = _new_logprobs(choice, row, result)
+            commits.append(commit)
+            if reason is not None:
+                state.finish(choice, reason, stop_reason)
+        stats.num_drafted_tokens += num_drafted
+        stats.num_accepted_tokens += num_accepted
+        stats.num_emitted_tokens += num_emitted
+        return commits
+
+    def _count_drafts(self, choice: Choice, drafts_len: int, drafted: int, accepted: int) -> None:
+        """Counts a verify row, and judges the choice's drafts at the end of a window."""
+        choice.num_drafted += drafted
+        choice.num_accepted += accepted
+        rule = self.config.adaptive_drafts
+        if rule is None or not choice.draft_len:
+            return
+        choice.draft_accepted += accepted
+        if accepted < drafts_len:
+            choice.draft_failures += 1
+        choice.draft_steps += 1
+        if choice.draft_steps >= rule.window:
+            verdict = judge(choice.draft_accepted, choice.draft_failures, choice.draft_pause, choice.max_drafts, rule)
+            choice.draft_len, choice.draft_pause = verdict
+            choice.draft_wait = verdict.pause
+            choice.draft_steps = choice.draft_accepted = choice.draft_failures = 0
 
 
-def _loops(choice: Choice, length: int) -> bool:
-    rule = choice.repetition
-    if rule is None:
-        return False
-    start = max(0, length - rule.max_pattern_size * rule.min_count)
-    return repeated_pattern_len(choice.output_token_ids[start:length], rule) > 0
+def _new_logprobs(choice: Choice, row: int, result: StepResult) -> tuple[int, Logprobs] | None:
+    """A row's prompt logprobs, less what was handed out before a preemption."""
+    first, logprobs = result.prompt_logprobs[row]
+    end = first + len(logprobs.token_logprob)
+    start = max(first, choice.prompt_logprobs_len)
+    if start >= end:
+        return None
+    choice.prompt_logprobs_len = end
+    if start == first:
+        return first, logprobs
+    skip = start - first
+    return start, Logprobs(
+        logprobs.token_logprob[skip:], logprobs.token_rank[skip:], logprobs.top_ids[skip:], logprobs.top_logprobs[skip:]
+    )

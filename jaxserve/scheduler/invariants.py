@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxserve.scheduler.request import Status
 
 if TYPE_CHECKING:
-    from jaxserve.scheduler.scheduler import Scheduler
+    from jaxserve.scheduler.state import SchedulerState
 
 
 class SchedulerInvariantError(RuntimeError):
@@ -21,21 +21,21 @@ def require(condition: bool, what: str, *where: object) -> None:
         raise SchedulerInvariantError(" ".join([what, *map(repr, where)]))
 
 
-def check_scheduler(scheduler: Scheduler) -> None:
+def check_state(state: SchedulerState) -> None:
     """Checks everything; O(blocks + choices + outstanding rows).
 
     Raises:
         SchedulerInvariantError: the first thing that's wrong.
     """
-    check_pool(scheduler)
-    check_running(scheduler)
-    check_waiting(scheduler)
+    check_pool(state)
+    check_running(state)
+    check_waiting(state)
 
 
-def check_pool(scheduler: Scheduler) -> None:
+def check_pool(state: SchedulerState) -> None:
     """Conservation: every block is free, idle or held; references are the tables that hold it; writers own alone."""
-    pool, cache = scheduler.pool, scheduler.cache
-    running = [*scheduler.decoding, *scheduler.prefilling]
+    pool, cache = state.pool, state.cache
+    running = [*state.decoding, *state.prefilling]
     holders = Counter(block for choice in running for block in choice.block_ids)
     free, idle = pool.free_and_idle()
     require(len(free) + len(idle) + len(holders) == pool.num_blocks, "blocks leaked or doubled:", free, idle, holders)
@@ -53,21 +53,21 @@ def check_pool(scheduler: Scheduler) -> None:
             require(not pool.published[block], "a block that will be written is published:", block, choice)
 
 
-def check_running(scheduler: Scheduler) -> None:
+def check_running(state: SchedulerState) -> None:
     """Lengths stay within limits and blocks; what is in flight is what the outstanding plans say; slots are unique."""
-    config = scheduler.config
+    config = state.config
     in_flight: Counter[int] = Counter()
-    for plan in scheduler.outstanding:
+    for plan in state.outstanding:
         for choice, epoch, width in zip(plan.choices, plan.epochs.tolist(), plan.widths.tolist(), strict=True):
             if choice.epoch == epoch:
                 in_flight[choice.choice_id] += width
-    for running in (scheduler.decoding, scheduler.prefilling):
+    for running in (state.decoding, state.prefilling):
         orders = [choice.order for choice in running]
         require(orders == sorted(set(orders)), "running choices are out of order:", orders)
         for choice in running:
             planned = choice.computed_len + choice.in_flight_len
             require(choice.status is Status.RUNNING, "a running choice isn't RUNNING:", choice)
-            require(scheduler.choices.get(choice.choice_id) is choice, "a running choice isn't known:", choice)
+            require(state.choices.get(choice.choice_id) is choice, "a running choice isn't known:", choice)
             require(in_flight[choice.choice_id] == choice.in_flight_len, "in_flight_len isn't the plans':", choice)
             require(choice.computed_len >= 0 and choice.in_flight_len >= 0, "negative length:", choice)
             require(choice.computed_len < choice.tokens_len <= config.max_model_len, "tokens_len is off:", choice)
@@ -75,34 +75,34 @@ def check_running(scheduler: Scheduler) -> None:
             require(planned <= choice.limit_len < config.max_model_len, "planned past the limit:", choice)
             require(planned <= choice.capacity_len, "planned past the table:", choice)
             require(choice.capacity_len == len(choice.block_ids) * config.block_size, "capacity_len is off:", choice)
-            decoding = running is scheduler.decoding
+            decoding = running is state.decoding
             require((planned >= choice.prefill_len) == decoding, "prefill and decode are mixed up:", choice)
             if decoding and choice.computed_len >= choice.prefill_len:
                 require(choice.computed_len == choice.tokens_len - 1, "decode without exactly one new token:", choice)
             if choice.draft_token_ids is not None:
                 require(not choice.in_flight_len, "stale drafts:", choice)
-    everyone = [*scheduler.decoding, *scheduler.prefilling]
-    slots = sorted([choice.slot for choice in everyone] + scheduler.free_slots)
+    everyone = [*state.decoding, *state.prefilling]
+    slots = sorted([choice.slot for choice in everyone] + state.free_slots)
     require(slots == list(range(config.max_num_seqs)), "slots leaked or doubled:", slots)
-    require(len(scheduler.outstanding) <= config.run_ahead + 1, "too many plans outstanding")
+    require(len(state.outstanding) <= config.run_ahead + 1, "too many plans outstanding")
 
 
-def check_waiting(scheduler: Scheduler) -> None:
+def check_waiting(state: SchedulerState) -> None:
     """Waiting choices hold nothing; each is queued or parked, exactly once; the parked have somebody to wait for."""
-    queued = scheduler.waiting.choices()
-    parked = [choice for siblings in scheduler.siblings.values() for choice in siblings.parked]
-    waiting = [choice for choice in scheduler.choices.values() if choice.status is Status.WAITING]
+    queued = state.waiting.choices()
+    parked = [choice for siblings in state.siblings.values() for choice in siblings.parked]
+    waiting = [choice for choice in state.choices.values() if choice.status is Status.WAITING]
     ids = Counter(choice.choice_id for choice in [*queued, *parked])
     require(ids == Counter(choice.choice_id for choice in waiting), "queue and waiting choices differ:", ids)
-    require(len(queued) == len(scheduler.waiting), "the queue's count is off:", len(queued), len(scheduler.waiting))
-    running = len(scheduler.choices) - len(waiting)
-    require(running == scheduler.num_running, "running choices differ:", running, scheduler.num_running)
+    require(len(queued) == len(state.waiting), "the queue's count is off:", len(queued), len(state.waiting))
+    running = len(state.choices) - len(waiting)
+    require(running == state.num_running, "running choices differ:", running, state.num_running)
     for choice in waiting:
         clean = not choice.block_ids and not choice.computed_len and not choice.in_flight_len and choice.slot == -1
         require(clean and choice.draft_token_ids is None, "a waiting choice holds something:", choice)
-    for siblings in scheduler.siblings.values():
+    for siblings in state.siblings.values():
         require(not siblings.parked or siblings.must_wait(), "parked choices wait for nobody:", siblings.parked)
         leader = siblings.leader
         require(leader is None or leader.status is Status.RUNNING, "a leader doesn't run:", leader)
-    alive = Counter(c.request_id for c in scheduler.choices.values() if c.siblings is not None)
-    require(alive == Counter({k: s.num_alive for k, s in scheduler.siblings.items()}), "sibling counts are off:", alive)
+    alive = Counter(c.request_id for c in state.choices.values() if c.siblings is not None)
+    require(alive == Counter({k: s.num_alive for k, s in state.siblings.items()}), "sibling counts are off:", alive)

@@ -6,42 +6,38 @@ doesn't depend on how the output was cut into steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from jaxserve.sampling_params import RepetitionDetection
 
 LOOK_EVERY = 16  # tokens of one choice
 
 
 def repeated_pattern_len(
-    token_ids: Sequence[int],  # [output_len]
+    token_ids: list[int],  # [output_len]
     rule: RepetitionDetection,
+    length: int,
 ) -> int:
-    """The shortest pattern in the rule's range that the tail repeats ``min_count`` times in a row; 0 if there is none.
+    """The shortest pattern in the rule's range that ``token_ids[:length]`` ends in ``min_count`` times; 0 if none.
 
     A tail of c copies of a pattern of p tokens is a tail of c*p tokens in which each equals the one p before it. Only
     distances at which the last token recurs can be such a p, so most outputs cost one scan of ``max_pattern_size``
     tokens.
     """
-    length = len(token_ids)
     count = rule.min_count
     longest = min(rule.max_pattern_size, length // count)
-    shortest = rule.min_pattern_size
-    if longest < shortest:
+    if longest < rule.min_pattern_size:
         return 0
-    last = token_ids[-1]
-    recent = list(token_ids[length - 1 - longest : length - 1])
+    last = token_ids[length - 1]
+    recent = token_ids[length - 1 - longest : length - 1]
     recent.reverse()  # recent[p - 1] is p tokens before the last
-    at = shortest - 1
-    while True:
+    size = rule.min_pattern_size - 1
+    for _ in range(recent.count(last)):
         try:
-            at = recent.index(last, at)
-        except ValueError:
+            size = recent.index(last, size) + 1
+        except ValueError:  # the other occurrences are nearer than min_pattern_size
             return 0
-        size = at + 1
         if (
-            token_ids[length - size :] == token_ids[length - 2 * size : length - size]
-            and token_ids[length - size * (count - 1) :] == token_ids[length - size * count : length - size]
+            token_ids[length - size : length] == token_ids[length - 2 * size : length - size]
+            and token_ids[length - size * (count - 1) : length] == token_ids[length - size * count : length - size]
         ):
             return size
-        at += 1
+    return 0

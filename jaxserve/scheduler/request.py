@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
@@ -38,7 +39,8 @@ class Choice:
         bad_words_ids: ``params.bad_words`` as token ids, for the sampler; the scheduler doesn't look at them.
         cache_salt: prefix blocks are shared only between equal salts.
         priority: lower runs first (policy "priority").
-        arrival_time: clock of ``Scheduler.expire``, in seconds; ``max_seconds`` counts from it.
+        arrival_time: ``max_seconds`` counts from it, on the clock of ``Scheduler.expire``; None is
+            ``time.monotonic()``.
         host_synchronous: not planned while it has tokens in flight (host-computed masks), and never drafted on the
             device.
         epoch: bumped by preemption and finish; a result of an older epoch is dropped.
@@ -119,7 +121,7 @@ class Choice:
         bad_words_ids: Sequence[Sequence[int]] = (),
         cache_salt: str | None = None,
         priority: int | None = None,
-        arrival_time: float = 0.0,
+        arrival_time: float | None = None,
         host_synchronous: bool = False,
     ) -> None:
         self.choice_id = choice_id
@@ -134,7 +136,7 @@ class Choice:
         self.bad_words_ids = bad_words_ids
         self.cache_salt = cache_salt
         self.priority = params.priority if priority is None else priority
-        self.arrival_time = arrival_time
+        self.arrival_time = time.monotonic() if arrival_time is None else arrival_time
         self.host_synchronous = host_synchronous
         # where it stands
         self.status = Status.WAITING
