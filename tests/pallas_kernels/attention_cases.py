@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
 
 Attend = Callable[..., jax.Array]  # (q, pool, batch, spec, sinks) -> [T, Hq, D]
@@ -54,6 +56,7 @@ def make_case(
     layout: KVLayout,
     num_tokens: int | None = None,  # T; None = no padding tokens
     table_width: int | None = None,  # P; None = as wide as the longest row needs
+    num_blocks: int | None = None,  # N; None = what the rows need and three spare ones
     seed: int = 0,
 ) -> Case:
     """A batch of ``rows`` whose pool holds random keys and values for exactly the tokens that count."""
@@ -64,7 +67,7 @@ def make_case(
     T = num_tokens or max(used_tokens, 1)
     needed = [-(-c // B) if w else 0 for c, w in rows]
     P = table_width or max(1, *needed)
-    N = sum(needed) + 3
+    N = num_blocks or sum(needed) + 3
     free = rng.permutation(N)[::-1].tolist()  # a permuted table
     values = _poisoned(layout.values_shape(spec, N), spec.kv_dtype)
     scales_shape = layout.scales_shape(spec, N)
@@ -174,6 +177,125 @@ def check(attend: Attend, case: Case, tolerance: float | None = None) -> None:
     np.testing.assert_allclose(actual[: len(expected)], expected, atol=tolerance, rtol=tolerance)
 
 
-def run_xla(q: jax.Array, pool: KVPool, batch: RaggedBatch, spec: AttentionSpec, sinks: object) -> jax.Array:
-    """The reference, through the public op."""
-    return api.ragged_paged_attention(q, pool, batch, spec, "xla", sinks)
+def row_mixes(block_size: int) -> dict[str, list[tuple[int, int]]]:
+    """Batches of (context length, width) around every edge: of blocks, of tiles, of emptiness."""
+    B = block_size
+    edges = [1, B - 1, B, B + 1, 3 * B + 5, 7 * B - 1]
+    return {
+        "decode": [(context, 1) for context in edges],
+        "decode_with_empty_rows": [(0, 0), (B + 3, 1), (0, 0), (1, 1), (2 * B, 1), (0, 0)],
+        "verify": [
+            (width + context, width) for context, width in zip([0, B - 2, B, 3 * B + 1], [5, 5, 1, 3], strict=True)
+        ],
+        "prefill": [(5 * B + 7, 5 * B + 7), (3 * B + 1, B + 2), (2, 2)],
+        "mixed": [(9, 1), (4 * B + 3, 2 * B + 9), (B, 4), (0, 0), (6 * B, 1), (B + 1, B + 1)],
+        "nothing": [(0, 0), (0, 0)],
+    }
+
+
+FEATURES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "bfloat16": {"dtype": "bfloat16", "kv_dtype": "bfloat16"},
+    "window": {"sliding_window": 37},
+    "window_of_one": {"sliding_window": 1},
+    "soft_cap": {"soft_cap": 1.5},
+    "sinks": {"has_sinks": True},
+    "fp8": {"dtype": "bfloat16", "kv_dtype": "float8_e4m3fn"},
+    "int8": {"dtype": "bfloat16", "kv_dtype": "int8"},
+    "everything": {"sliding_window": 50, "soft_cap": 3.0, "has_sinks": True, "dtype": "bfloat16", "kv_dtype": "int8"},
+}
+GROUPINGS = [(G, 1) for G in range(1, 17)] + [(4, 4), (9, 3), (12, 2), (32, 8)]  # (Hq, Hk)
+
+
+class AttentionContract:
+    """What holds for every implementation. Subclasses say how to run theirs; GPU's runs on its machine.
+
+    A spec that the implementation refuses is skipped with its reason, so an implementation's coverage is what it runs.
+    """
+
+    base: dict[str, object] = {}  # changes to make_spec's defaults
+
+    def attend(
+        self, q: jax.Array, pool: KVPool, batch: RaggedBatch, spec: AttentionSpec, sinks: object
+    ) -> jax.Array:  # [T, Hq, D]
+        raise AssertionError("a subclass says how its implementation is run")
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        raise AssertionError("a subclass says what its implementation refuses")
+
+    def kv_layout(self, spec: AttentionSpec) -> KVLayout:
+        raise AssertionError("a subclass says how its implementation stores the pool")
+
+    def run(self, rows: list[tuple[int, int]], spec: AttentionSpec, **sizes: int) -> None:
+        """Checks one batch; ``sizes`` are make_case's."""
+        if reason := self.supports(spec):
+            pytest.skip(reason)
+        check(self.attend, make_case(spec, rows, layout=self.kv_layout(spec), **sizes))
+
+    def spec(self, **changes: object) -> AttentionSpec:
+        return make_spec(**{**self.base, **changes})
+
+    @pytest.mark.parametrize("mix", row_mixes(16))
+    def test_every_mix_of_rows(self, mix: str) -> None:
+        spec = self.spec()
+        self.run(row_mixes(spec.block_size)[mix], spec)
+
+    @pytest.mark.parametrize("feature", FEATURES)
+    def test_every_feature(self, feature: str) -> None:
+        spec = self.spec(**FEATURES[feature])
+        self.run(row_mixes(spec.block_size)["mixed"], spec)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("feature", FEATURES)
+    @pytest.mark.parametrize("mix", row_mixes(16))
+    def test_every_feature_on_every_mix(self, feature: str, mix: str) -> None:
+        spec = self.spec(**FEATURES[feature])
+        self.run(row_mixes(spec.block_size)[mix], spec)
+
+    def test_padding_of_tokens_rows_and_table_changes_nothing(self) -> None:
+        spec = self.spec()
+        rows = row_mixes(spec.block_size)["mixed"]
+        used = sum(width for _, width in rows)
+        self.run([*rows, (0, 0), (0, 0)], spec, num_tokens=-(-used // 64) * 64 + 64, table_width=40)
+
+    def test_many_rows(self) -> None:
+        """More rows than any implementation handles at once, the last ones idle."""
+        spec = self.spec()
+        B = spec.block_size
+        rows = [((7 * i) % (3 * B) + 1, 1) for i in range(41)] + [(0, 0)] * 7
+        self.run(rows, spec, num_tokens=48)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("num_heads", "num_kv_heads"), GROUPINGS)
+    def test_every_head_grouping(self, num_heads: int, num_kv_heads: int) -> None:
+        spec = self.spec(num_heads=num_heads, num_kv_heads=num_kv_heads)
+        B = spec.block_size
+        self.run([(B + 3, 1), (0, 0), (2 * B, B + 1), (9, 3)], spec)
+
+    @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (5, 1), (4, 4), (16, 1)])
+    def test_head_groupings(self, num_heads: int, num_kv_heads: int) -> None:
+        self.test_every_head_grouping(num_heads, num_kv_heads)
+
+    @pytest.mark.parametrize("head_dim", [64, 128, 256])
+    def test_head_dims(self, head_dim: int) -> None:
+        spec = self.spec(head_dim=head_dim, scale=head_dim**-0.5)
+        self.run(row_mixes(spec.block_size)["verify"], spec)
+
+    def test_long_context_with_sinks(self) -> None:
+        """Long enough for several chunks or splits, so that their partial results are combined."""
+        spec = self.spec(has_sinks=True, num_heads=2, num_kv_heads=1)
+        self.run([(4099, 1), (2050, 3), (700, 1)], spec)
+
+    @settings(max_examples=20, deadline=None)
+    @given(data=st.data())
+    def test_any_mix(self, data: st.DataObject) -> None:
+        spec = self.spec(sliding_window=data.draw(st.sampled_from([None, 23])), num_heads=2, num_kv_heads=1)
+        B, R, T, P = spec.block_size, 5, 64, 6
+        rows, left = [], T
+        for _ in range(R):
+            width = data.draw(st.one_of(st.just(0), st.just(1), st.integers(1, 8), st.integers(1, 50)))
+            width = min(width, left)
+            left -= width
+            context = data.draw(st.integers(width, P * B)) if width else 0
+            rows.append((context, width))
+        self.run(rows, spec, num_tokens=T, table_width=P, num_blocks=R * P + 1, seed=data.draw(st.integers(0, 99)))
