@@ -48,7 +48,9 @@ class ByteTokenizer:
                 data += SPECIAL.get(token_id, "").encode()
         return data.decode(errors="replace")
 
-    def apply_chat_template(self, conversation: Sequence[dict], *, add_generation_prompt: bool = False, **_: Any) -> str:
+    def apply_chat_template(
+        self, conversation: Sequence[dict], *, add_generation_prompt: bool = False, **_: Any
+    ) -> str:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in conversation)
         return text + ("assistant: " if add_generation_prompt else "")
 

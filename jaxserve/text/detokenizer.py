@@ -64,7 +64,7 @@ class Detokenizer:
         if until == len(window):
             before, self._read = self._read, len(self._ids)
             if text or self._read - self._start > MAX_WINDOW:  # a context without text (special tokens) isn't one
-                self._start = before
+                self._start = max(self._start, before)
             self._sent = len(self._decode(self._start))
         elif len(self._ids) - self._start > MAX_WINDOW:
             self._start = len(self._ids) - MAX_PENDING

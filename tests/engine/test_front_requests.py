@@ -1,0 +1,205 @@
+"""Bad input is refused before anything is admitted, by an error that names field, value and range."""
+
+import math
+
+import numpy as np
+import pytest
+from fakes import EOS, VOCAB_SIZE, fake_engine
+
+from jaxserve.config import Limits
+from jaxserve.engine.prompts import ParsedPrompt, split_prompts
+from jaxserve.engine.requests import RequestBuilder
+from jaxserve.errors import InvalidRequestError
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.text.codec import Codec
+
+CONTEXT = 64
+
+
+def builder(**kwargs):
+    engine = fake_engine(max_model_len=CONTEXT, **kwargs)
+    return RequestBuilder(engine, Codec(engine.tokenizer))
+
+
+def check(prompt="hello", params=None, *, priority=None, **kwargs):
+    return builder(**kwargs).check(split_prompts(prompt)[0], params, priority)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("hi", [ParsedPrompt("hi", None)]),
+        (["hi", "ho"], [ParsedPrompt("hi", None), ParsedPrompt("ho", None)]),
+        ([1, 2], [ParsedPrompt(None, (1, 2))]),
+        (np.array([1, 2]), [ParsedPrompt(None, (1, 2))]),
+        ([[1, 2], [3]], [ParsedPrompt(None, (1, 2)), ParsedPrompt(None, (3,))]),
+        ({"prompt": "hi"}, [ParsedPrompt("hi", None)]),
+        ({"prompt": "hi", "multi_modal_data": None}, [ParsedPrompt("hi", None)]),
+        ({"prompt_token_ids": [5], "cache_salt": "me"}, [ParsedPrompt(None, (5,), "me")]),
+        (
+            [{"prompt": "a"}, {"prompt": "b", "prompt_token_ids": [1]}],
+            [ParsedPrompt("a", None), ParsedPrompt("b", (1,))],
+        ),
+        (["hi", [1], {"prompt": "x"}], [ParsedPrompt("hi", None), ParsedPrompt(None, (1,)), ParsedPrompt("x", None)]),
+        ([], []),
+    ],
+)
+def test_every_shape_of_prompt_is_understood(prompts, expected):
+    assert split_prompts(prompts) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ("", "empty"),
+        ([[]], "empty"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt_token_ids": []}, "empty"),
+        (5, "prompts is 5"),
+        (None, "prompts is None"),
+        ([None], "None"),
+        ([1.5], "1.5"),
+        ([1, "a"], "'a'"),
+        ([1, True], "True"),
+        ({"text": "x"}, "'text'"),
+        ({}, "'prompt' or 'prompt_token_ids'"),
+        ({"prompt": 3}, "3"),
+        ({"prompt_token_ids": "abc"}, "abc"),
+        ({"prompt": "x", "cache_salt": ""}, "cache_salt"),
+        ({"prompt": "x", "multi_modal_data": {"image": 1}}, "multi_modal_data"),
+    ],
+)
+def test_other_shapes_are_refused(prompts, named):
+    with pytest.raises(InvalidRequestError, match=named):
+        split_prompts(prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "named"),
+    [
+        ([0, VOCAB_SIZE], {}, rf"token id {VOCAB_SIZE}; allowed: 0\.\.{VOCAB_SIZE - 1}"),
+        ([-1], {}, "token id -1"),
+        ("x" * CONTEXT, {}, rf"{CONTEXT} tokens; allowed: 1\.\.{CONTEXT - 1}"),
+        ("x" * (CONTEXT - 3), {"max_tokens": 4}, r"max_tokens is 4; allowed: 1\.\.3"),
+        ("hello", {"max_tokens": CONTEXT}, "max_tokens is 64"),
+        ("x" * (CONTEXT - 3), {"max_tokens": None, "min_tokens": 4}, r"min_tokens is 4; allowed: 0\.\.3"),
+        ("hello", {"logprobs": 21}, r"logprobs is 21; allowed: 0\.\.20"),
+        ("hello", {"prompt_logprobs": 21}, r"prompt_logprobs is 21; allowed: 0\.\.20"),
+        ("hello", {"stop_token_ids": [VOCAB_SIZE]}, f"stop_token_ids holds token id {VOCAB_SIZE}"),
+        ("hello", {"allowed_token_ids": [1, 999]}, "allowed_token_ids holds token id 999"),
+        ("hello", {"logit_bias": {999: 1.0}}, "logit_bias holds token id 999"),
+        ("hello", {"stop_token_ids": list(range(32))}, "33 ids; allowed: at most 32"),
+        ("hello", {"logit_bias": dict.fromkeys(range(65), 1.0)}, "65 entries; allowed: at most 64"),
+        ("hello", {"bad_words": ["much too long"]}, "'much too long', which is 13 tokens; allowed: at most 8"),
+        ("hello", {"bad_words": list("abcdefghi")}, "18 token sequences .* at most 16"),
+        ("hello", {"bad_words": [" "]}, "bad_words holds ' '"),
+        ("hello", {"priority": 1}, "priority is 1; allowed: 0"),
+        ("hello", {"num_speculative_tokens": 3}, "num_speculative_tokens is 3"),
+    ],
+)
+def test_what_depends_on_the_engine_is_checked(prompt, settings, named):
+    with pytest.raises(InvalidRequestError, match=named):
+        check(prompt, SamplingParams(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5"),
+        ({"n": 0}, "n is 0"),
+        ({"stop": [""]}, "stop holds ''"),
+        ({"stop": 3}, "stop is 3"),
+        ({"stop": "x", "detokenize": False}, "detokenize"),
+        ({"stop_token_ids": 3}, "stop_token_ids is 3"),
+        ({"logit_bias": [1]}, r"logit_bias is \[1\]"),
+        ({"logit_bias": {0: math.nan}}, "logit_bias has 0"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"repetition_detection": {"size": 3}}, "'size'"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs"),
+        ({"temprature": 1}, "'temprature'"),
+    ],
+)
+def test_what_depends_on_nothing_is_checked_at_once(settings, named):
+    with pytest.raises(InvalidRequestError, match=named):
+        SamplingParams(**settings)
+
+
+def test_something_else_than_sampling_params_is_refused():
+    with pytest.raises(InvalidRequestError, match="dict"):
+        check("hello", {"temperature": 0})
+
+
+def test_max_tokens_of_none_is_what_the_context_leaves():
+    assert check("hello", SamplingParams(max_tokens=None)).params.max_tokens == CONTEXT - 5
+    assert check("hello", SamplingParams(max_tokens=None), default_max_tokens=7).params.max_tokens == 7
+    assert check("x" * 60, SamplingParams(max_tokens=None), default_max_tokens=7).params.max_tokens == 4
+    assert check("hello", SamplingParams(max_tokens=None), max_output_tokens=9).params.max_tokens == 9
+
+
+def test_the_ceiling_holds_for_explicit_lengths():
+    with pytest.raises(InvalidRequestError, match=r"max_tokens is 10; allowed: 1\.\.9"):
+        check("hello", SamplingParams(max_tokens=10), max_output_tokens=9)
+
+
+def test_the_shorter_wall_clock_counts():
+    assert check("hello", SamplingParams(max_seconds=5.0), max_seconds=2.0).params.max_seconds == 2.0
+    assert check("hello", SamplingParams(max_seconds=1.0), max_seconds=2.0).params.max_seconds == 1.0
+    assert check("hello", SamplingParams(), max_seconds=2.0).params.max_seconds == 2.0
+
+
+def test_no_params_means_the_models_defaults_cut_to_the_context():
+    defaults = {"temperature": 0.6, "top_k": 20}
+    params = check("hello", None, sampling_defaults=defaults).params
+    assert (params.temperature, params.top_k, params.max_tokens) == (0.6, 20, 16)
+    assert check("x" * 60, None, sampling_defaults=defaults).params.max_tokens == 4
+
+
+def test_bad_words_are_forbidden_with_and_without_a_space():
+    checked = check("hello", SamplingParams(bad_words=["no", " no"]))
+    assert checked.bad_words_ids == (tuple(b"no"), tuple(b" no"))
+
+
+def test_priority_is_accepted_where_the_engine_schedules_by_it():
+    kwargs = {"scheduling_policy": "priority"}
+    assert check("hello", SamplingParams(priority=-3), **kwargs).priority == -3
+    assert check("hello", SamplingParams(priority=-3), priority=2, **kwargs).priority == 2
+
+
+def test_limits_are_the_engines():
+    assert check("hello", SamplingParams(logprobs=30), limits=Limits(max_logprobs=30)).params.logprobs == 30
+
+
+def test_choices_share_the_request_and_differ_in_index_and_id():
+    b = builder()
+    request = b.admit(b.check(ParsedPrompt("hi", None, "salt"), SamplingParams(n=3, seed=5)), "mine")
+    assert [c.index for c in request.choices] == [0, 1, 2]
+    assert len({c.choice_id for c in request.choices}) == 3
+    assert {(c.request_id, c.seed, c.cache_salt, c.eos_token_ids) for c in request.choices} == {
+        ("mine", 5, "salt", (EOS,))
+    }
+    assert all(c.prompt_token_ids == (104, 105) for c in request.choices)
+
+
+def test_seeds_are_drawn_once_a_request_from_the_engines_seed():
+    def seeds(engine_seed):
+        b = builder(seed=engine_seed)
+        requests = [b.admit(b.check(ParsedPrompt("hi", None), SamplingParams(n=2))) for _ in range(3)]
+        assert all(r.choices[0].seed == r.choices[1].seed for r in requests)
+        return [r.choices[0].seed for r in requests]
+
+    assert seeds(1) == seeds(1) != seeds(2)
+    assert len(set(seeds(1))) == 3
+
+
+def test_a_refused_request_draws_nothing():
+    one, two = builder(), builder()
+    with pytest.raises(InvalidRequestError):
+        one.check(ParsedPrompt("hi", None), SamplingParams(logprobs=99))
+    admitted = [b.admit(b.check(ParsedPrompt("hi", None), SamplingParams())) for b in (one, two)]
+    assert admitted[0].choices[0].seed == admitted[1].choices[0].seed
+    assert admitted[0].request_id == admitted[1].request_id
