@@ -118,7 +118,8 @@ def _take(settings: dict[str, Any], key: str, kinds: tuple[type, ...], where: st
     if key not in settings:
         raise CheckpointError(f"{where!r} has no {key!r}")
     value = settings.pop(key)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    if not fits:
         raise CheckpointError(f"{key!r} of {where!r} is {value!r}; expected {' or '.join(k.__name__ for k in kinds)}")
     return float(value) if float in kinds else value
 

@@ -33,9 +33,8 @@ def load_params(
     Raises:
         CheckpointError: the model's parameters aren't those of the checkpoint's config, or a file can't be read.
     """
-    leaves, tree = jax.tree.flatten_with_path(model.params)
-    abstract = {".".join(_key(part) for part in path): leaf for path, leaf in leaves}
-    shardings = jax.tree.leaves(sharding) if sharding is not None else [None] * len(leaves)
+    abstract, tree = by_path(model.params), jax.tree.structure(model.params)
+    shardings = jax.tree.leaves(sharding) if sharding is not None else [None] * len(abstract)
     params = canonical_params(checkpoint.config, fused=checkpoint.source is not None and checkpoint.source.fused)
     check_fits(params, abstract)
     make = _maker(checkpoint, seed)
@@ -48,11 +47,11 @@ def load_params(
     return jax.block_until_ready(jax.tree.unflatten(tree, loaded))
 
 
-def _key(part: Any) -> str:
-    for name in ("key", "idx", "name"):
-        if hasattr(part, name):
-            return str(getattr(part, name))
-    return str(part)
+def by_path(params: Any) -> dict[str, Any]:
+    """The leaves of a parameter tree by dotted path (``layers.0.attn.qkv.weight``), in the tree's own order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree.leaves_with_path(params)
+    }
 
 
 def _maker(checkpoint: Checkpoint, seed: int) -> Callable[[str, Param, jax.ShapeDtypeStruct, Any], Array]:

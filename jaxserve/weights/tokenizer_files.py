@@ -6,8 +6,9 @@ from pathlib import Path
 
 from jaxserve.weights.source import read_json
 
-# What a conversion copies beside the weights.
+# What a conversion copies beside the weights; transformers may look for the tokenizer's class in config.json.
 TOKENIZER_FILES = (
+    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
