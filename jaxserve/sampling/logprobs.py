@@ -60,6 +60,7 @@ def top_candidates(
     """
     M, V = logits.shape
     num_chunks = max(-(-V // _CHUNK), -(-count // _CHUNK))
+    logits = jnp.where(logits == 0, 0.0, logits)  # lax.top_k tells -0.0 from 0.0
     padded = jnp.pad(logits, ((0, 0), (0, num_chunks * _CHUNK - V)), constant_values=-jnp.inf)
     chunks = padded.reshape(M, num_chunks, _CHUNK)
     _, best = jax.lax.top_k(jnp.max(chunks, axis=2), min(count, num_chunks))  # ties: the lower index first
