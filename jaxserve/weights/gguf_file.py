@@ -72,7 +72,9 @@ class GGUFFile:
         tensor = self.tensors[name]
         data = np.frombuffer(self._bytes, np.uint8, tensor.num_bytes, tensor.offset)
         values = dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.kind)
-        return np.array(values, np.float32, copy=None if values.base is None else True).reshape(tensor.shape)
+        if tensor.kind == GGMLQuantizationType.F32:
+            values = values.copy()  # the package's view would keep the parameter in the mapped file
+        return values.reshape(tensor.shape)
 
     def _parse(self) -> None:
         self._at = 0

@@ -152,17 +152,20 @@ def _layers(reader: _Reader, family: Family) -> tuple[LayerConfig, ...]:
 
 
 def _layer_types(reader: _Reader, family: Family, num_layers: int) -> list[str]:
+    known = {"llama": [GLOBAL]}.get(family.name, [GLOBAL, LOCAL])
+    kinds = reader.settings.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise CheckpointError(f"layer_types is {kinds!r}; expected a list of {num_layers} names")
+        if unknown := sorted({str(kind) for kind in kinds} - set(known)):
+            raise UnsupportedModelError(f"layer type {unknown[0]!r} isn't supported; known: {', '.join(known)}")
     if family.name == "llama":
         return [GLOBAL] * num_layers
     if family.name == "mistral":
         return [GLOBAL if reader.value("sliding_window") is None else LOCAL] * num_layers
     if family.name in ("qwen2", "qwen3") and not reader.settings.get("use_sliding_window"):
         return [GLOBAL] * num_layers
-    if (kinds := reader.settings.get("layer_types")) is not None:
-        if not isinstance(kinds, list) or len(kinds) != num_layers:
-            raise CheckpointError(f"layer_types has {kinds!r}; expected a list of {num_layers} names")
-        if unknown := sorted({str(kind) for kind in kinds} - {GLOBAL, LOCAL}):
-            raise UnsupportedModelError(f"layer type {unknown[0]!r} isn't supported; known: {GLOBAL}, {LOCAL}")
+    if kinds is not None:
         return kinds
     if family.name == "gemma3":
         pattern = reader.integer(

@@ -32,11 +32,12 @@ def rope_configs(
     """
     if _number(settings, "partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(f"partial_rotary_factor {settings['partial_rotary_factor']} isn't supported")
-    written = settings.get("rope_parameters") or {}
-    if not isinstance(written, Mapping):
-        raise CheckpointError(f"rope_parameters is {written!r}; expected an object")
+    written, old = (settings.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    for key, value in (("rope_parameters", written), ("rope_scaling", old)):
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"{key} is {value!r}; expected an object")
     per_type = any(key in written for key in (GLOBAL, LOCAL))
-    base = {"rope_theta": _number(settings, "rope_theta", theta)} | dict(settings.get("rope_scaling") or {})
+    base = {"rope_theta": _number(settings, "rope_theta", theta)} | dict(old)
     base_local = dict(base)
     if local_theta is not None:  # windowed layers are never scaled
         base_local = {"rope_theta": _number(settings, "rope_local_base_freq", local_theta)}
