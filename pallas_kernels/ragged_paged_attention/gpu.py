@@ -1,0 +1,98 @@
+"""Ragged paged attention for Hopper GPUs in Pallas Mosaic GPU.
+
+Rows with few query tokens are bound by the bandwidth of reading K and V: gpu_decode.py. Rows with many are bound by the
+tensor cores: gpu_prefill.py. A bucket of T tokens and R rows runs the decode kernel alone when T <= R (correct for any
+lengths, made for width 1), else both, each on its rows. Work lists come from gpu_plan.py; grids are static, nothing
+depends on the host, so a step stays one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import gpu_combine, gpu_decode, gpu_plan, gpu_prefill
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch, Sinks
+
+HEAD_DIMS = (64, 128, 256)
+BLOCK_SIZES = (64, 128)
+KV_DTYPES = ("bfloat16", "float8_e4m3fn")
+MAX_GROUP = 16
+
+
+def supports(spec: AttentionSpec) -> str | None:
+    """Why this attention is refused, or None."""
+    group = spec.num_heads // spec.num_kv_heads
+    if spec.dtype != "bfloat16":
+        return f"dtype is {spec.dtype}; the GPU kernel computes in bfloat16"
+    if spec.kv_dtype not in KV_DTYPES:
+        return f"kv_dtype is {spec.kv_dtype}; the GPU kernel reads {' and '.join(KV_DTYPES)}"
+    if spec.head_dim not in HEAD_DIMS:
+        return f"head_dim is {spec.head_dim}; the GPU kernel has {HEAD_DIMS}"
+    if spec.block_size not in BLOCK_SIZES:
+        return f"block_size is {spec.block_size}; the GPU kernel has {BLOCK_SIZES}"
+    if spec.num_heads % spec.num_kv_heads:
+        return f"num_heads {spec.num_heads} isn't a multiple of num_kv_heads {spec.num_kv_heads}"
+    if group > MAX_GROUP:
+        return f"{group} query heads share a KV head; the GPU kernel packs at most {MAX_GROUP}"
+    return None
+
+
+def kv_layout(spec: AttentionSpec) -> KVLayout:
+    """Heads are stored unpadded."""
+    return KVLayout(storage_dim=spec.head_dim)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def attend(
+    q: jax.Array,  # [T, Hq, D] bfloat16
+    pool: KVPool,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+    sinks: Sinks = None,  # float32[Hq]
+) -> jax.Array:  # [T, Hq, D] bfloat16
+    """Attention of every query token to its row's keys at positions up to its own: see api.ragged_paged_attention."""
+    T, Hq, D = q.shape
+    Hk, R = spec.num_kv_heads, batch.context_lens.shape[0]
+    decode_config, prefill_config = configs(spec)
+    with_prefill = T > R
+    work = gpu_plan.decode_plan(
+        batch,
+        T,
+        tile_tokens=gpu_decode.tile_tokens(spec),
+        num_kv_heads=Hk,
+        num_workers=decode_config.num_ctas * decode_config.streams,
+        window=spec.sliding_window,
+        short_only=with_prefill,
+    )
+    table = batch.block_table
+    out, part, lse = gpu_decode.decode(q, pool.values, pool.scales, table, work, spec, decode_config, sinks)
+    flat_ref = jax.new_ref(out.reshape(T * Hq, D))
+    gpu_combine.combine(
+        flat_ref, part, lse, work, num_heads=Hq, num_kv_heads=Hk, group_rows=gpu_decode.group_rows(spec)
+    )
+    out = jax.freeze(flat_ref).reshape(T, Hq, D)
+    if not with_prefill:
+        return out
+    tiles = gpu_plan.prefill_plan(batch, T, tile_tokens=gpu_prefill.tile_tokens(spec), window=spec.sliding_window)
+    out_ref = jax.new_ref(out)
+    gpu_prefill.prefill(q, pool.values, pool.scales, table, out_ref, tiles, spec, prefill_config, sinks)
+    return jax.freeze(out_ref)
+
+
+def configs(spec: AttentionSpec) -> tuple[gpu_decode.DecodeConfig, gpu_prefill.PrefillConfig]:
+    """Pipeline depths that fit into shared memory."""
+    fp8 = spec.kv_dtype == "float8_e4m3fn"
+    match spec.head_dim:
+        case 64:
+            decode = gpu_decode.DecodeConfig(stages=4 if fp8 else 8, raw_stages=16)
+            prefill = gpu_prefill.PrefillConfig(block_kv=128, stages=2, raw_stages=8)
+        case 128:
+            decode = gpu_decode.DecodeConfig(stages=2 if fp8 else 4, raw_stages=8)
+            prefill = gpu_prefill.PrefillConfig(block_kv=128, stages=2, raw_stages=2)
+        case _:
+            decode = gpu_decode.DecodeConfig(stages=1 if fp8 else 2, raw_stages=4)
+            prefill = gpu_prefill.PrefillConfig(block_kv=64, stages=1, raw_stages=2)
+    return decode, prefill

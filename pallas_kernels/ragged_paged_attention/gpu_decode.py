@@ -1,0 +1,425 @@
+"""Decode kernel for Hopper: rows with few query tokens, bound by the bandwidth of reading K and V.
+
+A tile is a ``[64, D]`` matrix of queries: ``tile_tokens`` tokens, each with the G heads of one KV head padded to
+``group_rows`` (8 or 16) rows. All (tile, KV head, unit of 64 keys) triples form one line that is cut into equal shares,
+one for each worker (gpu_plan.py); so the load is even whatever the lengths are, and long contexts split by themselves.
+A worker that has the whole of a tile's keys writes its output; the others leave partial results, that ``combine`` joins.
+
+A worker is a pair of warpgroups: one fetches through the block table with TMA, running ahead across tile borders (with
+fp8 it also widens to bfloat16), the other computes: S = Q K^T (wgmma), online softmax in float32 registers, O += P V.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention import gpu_plan as plan
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec
+
+ROWS = 64  # of a tile: M of one wgmma
+_NEGATIVE = -1e30  # start of running maxima: finite, so that a wholly masked row has alpha = 1 and p = 0
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Tuning of the decode kernel; part of the compiled kernel's identity."""
+
+    num_ctas: int = 132
+    streams: int = 1  # workers of one CTA
+    stages: int = 4  # K and V tiles in flight for each worker
+    raw_stages: int = 8  # fp8 only: K or V tiles in flight, not yet widened
+
+
+def group_rows(spec: AttentionSpec) -> int:
+    """Rows that one token's G heads take in a tile."""
+    return 8 if spec.num_heads // spec.num_kv_heads <= 8 else 16
+
+
+def tile_tokens(spec: AttentionSpec) -> int:
+    return ROWS // group_rows(spec)
+
+
+def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
+    """``[..., rows, D]`` tiles in shared memory in the layout that TMA writes and wgmma reads."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = min(128, shape[-1] * itemsize)
+    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def mma_dtype(spec: AttentionSpec) -> Any:
+    """fp8 is widened to float16, which holds it exactly and costs one instruction for two values."""
+    return jnp.float16 if spec.kv_dtype == "float8_e4m3fn" else jnp.bfloat16
+
+
+def queries(raw_ref: Any, spec: AttentionSpec) -> jax.Array:
+    """A [64, D] tile of queries in ``mma_dtype``."""
+    q = plgpu.load(raw_ref, layout=plgpu.Layout.WGMMA, optimized=False)
+    if mma_dtype(spec) == jnp.float16:
+        limit = float(jnp.finfo(jnp.float16).max)
+        q = jnp.clip(q.astype(jnp.float32), -limit, limit).astype(jnp.float16)
+    return q
+
+
+def widen(raw_ref: Any, ref: Any) -> None:
+    """fp8 to float16, shared memory to shared memory."""
+    ref[...] = plgpu.load(raw_ref, layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float16)
+
+
+def masked_scores(
+    s: jax.Array,  # float32[M, N], raw products
+    q_pos: jax.Array,  # int32[M, N]
+    kv_pos: jax.Array,  # int32[M, N]
+    spec: AttentionSpec,
+    scale: jax.Array | float,
+) -> jax.Array:  # float32[M, N], in units of log2
+    """Scale, soft cap and the causal and window mask."""
+    visible = kv_pos <= q_pos
+    if spec.sliding_window is not None:
+        visible &= kv_pos > q_pos - spec.sliding_window
+    return jnp.where(visible, scaled_scores(s, spec, scale), -jnp.inf)
+
+
+def scaled_scores(s: jax.Array, spec: AttentionSpec, scale: jax.Array | float) -> jax.Array:
+    """Raw products to logits in units of log2."""
+    if spec.soft_cap is None:
+        return s * (scale * _LOG2E)
+    return jnp.tanh(s * (scale * (1.0 / spec.soft_cap))) * (spec.soft_cap * _LOG2E)
+
+
+def rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A value for each row, spread over the columns."""
+    return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def zero_rows_past(v_ref: Any, first_pos: jax.Array, kv_len: jax.Array, rows: int, dim: int) -> None:
+    """Clears the V rows of positions at or past ``kv_len``: nobody wrote them, and 0 * NaN is NaN."""
+    v = plgpu.load(v_ref, layout=plgpu.Layout.WGMMA)
+    pos = first_pos + plgpu.broadcasted_iota(jnp.int32, (rows, dim), 0, layout=plgpu.Layout.WGMMA)
+    v_ref[...] = jnp.where(pos < kv_len, v, jnp.zeros_like(v))
+    plgpu.commit_smem()
+
+
+def online_softmax(
+    s: jax.Array,  # float32[M, N], log2 units, masked entries -inf
+    m: jax.Array,  # float32[M]
+    l: jax.Array,  # float32[M]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One step: (p, alpha, new m, new l)."""
+    m_new = jnp.maximum(m, s.max(axis=1))
+    alpha = jnp.exp2(m - m_new)
+    p = jnp.exp2(s - rows_of(m_new, s))
+    return p, alpha, m_new, l * alpha + p.sum(axis=1)
+
+
+def new_accumulator(rows: int, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(acc, m, l) before any key."""
+    per_row = functools.partial(plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA.reduce(1))
+    acc = plgpu.layout_cast(jnp.zeros((rows, dim), jnp.float32), plgpu.Layout.WGMMA)
+    return acc, per_row(jnp.full((rows,), _NEGATIVE, jnp.float32)), per_row(jnp.zeros((rows,), jnp.float32))
+
+
+def _segments(tiles_ref: Any, workers_ref: Any, worker: jax.Array, num_kv_heads: int, body: Any) -> None:
+    """Walks a worker's share; ``body(segment, tile, head, unit, num, step)`` does ``num`` units of one tile and head.
+
+    ``segment`` and ``step`` count the segments and the units that came before.
+    """
+
+    def one(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        segment, tile, head, unit, left, step = carry
+        tile_units = tiles_ref[tile, plan.NUM_UNITS]
+        num = jnp.minimum(tile_units - unit, left)
+        body(segment, tile, head, unit, num, step)
+        last_head = head + 1 == num_kv_heads
+        return (
+            segment + 1,
+            jnp.where(last_head, tile + 1, tile),
+            jnp.where(last_head, 0, head + 1),
+            jnp.int32(0),
+            left - num,
+            step + num,
+        )
+
+    start = (
+        jnp.int32(0),
+        workers_ref[worker, plan.START_TILE],
+        workers_ref[worker, plan.START_HEAD],
+        workers_ref[worker, plan.START_UNIT],
+        workers_ref[worker, plan.WORKER_UNITS],
+        jnp.int32(0),
+    )
+    lax.while_loop(lambda carry: carry[4] > 0, one, start)
+
+
+def decode(
+    q: jax.Array,  # [T, Hq, D]
+    values: jax.Array,  # [N, 2, Hk, B, D]
+    scales: jax.Array | None,  # float32[2, Hk], fp8 only
+    block_table: jax.Array,  # int32[R, P]
+    work: plan.DecodePlan,
+    spec: AttentionSpec,
+    config: DecodeConfig,
+    sinks: jax.Array | None,  # float32[Hq]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output [T, Hq, D] of the plan's tokens, and partial results [2C, 64, D] of tiles with several workers.
+
+    The output rows of tokens outside of the plan, and of split tiles, are not written.
+    """
+    T, Hq, D = q.shape
+    N, _, Hk, B, _ = values.shape
+    G, PG, TQ = Hq // Hk, group_rows(spec), tile_tokens(spec)
+    fp8 = scales is not None
+    streams, stages = config.streams, config.stages
+    num_workers = config.num_ctas * streams
+    P = block_table.shape[1]
+    operands = [q.reshape(T * Hq, D), values.reshape(N * 2 * Hk, B, D), block_table, work.tiles, work.workers]
+    if fp8:
+        operands.append(scales)
+    if sinks is not None:
+        # Row r of every tile of KV head h has the sink of query head h * G + r % PG.
+        padded = jnp.pad(sinks.reshape(Hk, G) * _LOG2E, ((0, 0), (0, PG - G)))
+        operands.append(jnp.tile(padded, (1, TQ)).astype(jnp.float32))
+
+    def kernel(*refs: Any) -> None:
+        refs = list(refs)
+        q_ref, kv_ref, table_ref, tiles_ref, workers_ref = refs[:5]
+        del refs[:5]
+        scales_ref = refs.pop(0) if fp8 else None
+        sinks_ref = refs.pop(0) if sinks is not None else None
+        out_ref, part_ref, lse_ref = refs
+        tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
+        raw = smem_tile((streams, config.raw_stages, plan.UNIT, D), values.dtype)
+        raw_full = plgpu.Barrier(num_barriers=(streams, config.raw_stages))
+        pl.run_scoped(
+            functools.partial(
+                body,
+                q_ref,
+                kv_ref,
+                table_ref,
+                tiles_ref,
+                workers_ref,
+                scales_ref,
+                sinks_ref,
+                out_ref,
+                part_ref,
+                lse_ref,
+            ),
+            plgpu.SMEM((streams, ROWS, D), jnp.bfloat16),
+            tile((streams, stages, plan.UNIT, D)),
+            tile((streams, stages, plan.UNIT, D)),
+            # A segment's queries, then its output or its partial results.
+            plgpu.RefUnion(
+                tile((streams, ROWS, D)),
+                plgpu.SMEM((streams, ROWS, D), jnp.bfloat16),
+                plgpu.SMEM((streams, ROWS, D), jnp.float32),
+            ),
+            plgpu.Barrier(num_arrivals=TQ, num_barriers=(streams,)),
+            plgpu.Barrier(num_barriers=(streams,)),
+            [plgpu.Barrier(num_barriers=(streams, stages)) for _ in range(4)],
+            [raw, raw_full] if fp8 else [],
+            collective_axes="wg",
+        )
+
+    def body(
+        q_ref, kv_ref, table_ref, tiles_ref, workers_ref, scales_ref, sinks_ref, out_ref, part_ref, lse_ref,
+        q_raw, k_smem, v_smem, q_and_o, q_full, q_free, kv_barriers, raw
+    ) -> None:  # fmt: skip
+        k_full, v_full, k_free, v_free = kv_barriers
+        q_smem, o_smem, part_smem = q_and_o
+        wg = lax.axis_index("wg")
+        stream = lax.rem(wg, jnp.int32(streams))
+        worker = lax.axis_index("cta") * streams + stream
+
+        def block_rows(tile, head, unit):
+            """Where K of a unit is in kv_ref (V: Hk further), and its first row in that block."""
+            unit = tiles_ref[tile, plan.FIRST_UNIT] + unit
+            column = jnp.minimum(lax.div(unit, jnp.int32(B // plan.UNIT)), P - 1)
+            block = jnp.clip(table_ref[tiles_ref[tile, plan.ROW], column], 0, N - 1)
+            return block * (2 * Hk) + head, lax.rem(unit, jnp.int32(B // plan.UNIT)) * plan.UNIT
+
+        def fetch_q(segment, tile, head):
+            @pl.when(segment > 0)
+            def _():
+                plgpu.barrier_wait(q_free.at[stream])
+
+            first_row = tiles_ref[tile, plan.FIRST_TOKEN] * Hq + head * G
+            for i in range(TQ):
+                # Past the tile's tokens come those of the next request, or zeros: nobody reads their results.
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[pl.ds(first_row + i * Hq, G)], q_raw.at[stream, pl.ds(i * PG, G)], q_full.at[stream]
+                )
+
+        def fetch(segment, tile, head, unit, num, step):
+            fetch_q(segment, tile, head)
+
+            @pl.loop(0, num)
+            def _(j):
+                slot = lax.rem(step + j, jnp.int32(stages))
+                index, row = block_rows(tile, head, unit + j)
+                for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
+
+                    @pl.when(step + j >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[stream, slot])
+
+                    plgpu.copy_gmem_to_smem(
+                        kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
+                        smem.at[stream, slot],
+                        full.at[stream, slot],
+                    )
+
+        def fetch_fp8(segment, tile, head, unit, num, step):
+            raw_smem, raw_full = raw
+            ahead = config.raw_stages - 1
+            fetch_q(segment, tile, head)
+
+            def load(half):
+                """K and V of every unit, one after the other."""
+                slot = lax.rem(2 * step + half, jnp.int32(config.raw_stages))
+                index, row = block_rows(tile, head, unit + lax.div(half, jnp.int32(2)))
+                plgpu.copy_gmem_to_smem(
+                    kv_ref.at[index + lax.rem(half, jnp.int32(2)) * Hk, pl.ds(row, plan.UNIT)],
+                    raw_smem.at[stream, slot],
+                    raw_full.at[stream, slot],
+                )
+
+            pl.loop(0, jnp.minimum(2 * num, ahead))(load)
+
+            @pl.loop(0, num)
+            def _(j):
+                slot = lax.rem(step + j, jnp.int32(stages))
+                for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
+                    half = 2 * j + part
+                    raw_slot = lax.rem(2 * step + half, jnp.int32(config.raw_stages))
+
+                    # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
+                    @pl.when(half + ahead < 2 * num)
+                    def _(half=half):
+                        load(half + ahead)
+
+                    plgpu.barrier_wait(raw_full.at[stream, raw_slot])
+
+                    @pl.when(step + j >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[stream, slot])
+
+                    widen(raw_smem.at[stream, raw_slot], smem.at[stream, slot])
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(full.at[stream, slot])
+
+        def compute(segment, tile, head, unit, num, step):
+            num_tokens, first_pos = tiles_ref[tile, plan.NUM_TOKENS], tiles_ref[tile, plan.FIRST_POS]
+            kv_len, tile_units = tiles_ref[tile, plan.KV_LEN], tiles_ref[tile, plan.NUM_UNITS]
+            first_key = (tiles_ref[tile, plan.FIRST_UNIT] + unit) * plan.UNIT
+            k_scale, v_scale = (scales_ref[0, head], scales_ref[1, head]) if fp8 else (1.0, 1.0)
+            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, plan.UNIT), layout=plgpu.Layout.WGMMA)
+            # The copies out of the union of the segment before.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_wait(q_full.at[stream])
+            q_smem.at[stream][...] = queries(q_raw.at[stream], spec)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(q_free.at[stream])
+
+            def step_fn(j, carry):
+                acc, m, l = carry
+                slot = lax.rem(step + j, jnp.int32(stages))
+                key = first_key + j * plan.UNIT
+                plgpu.barrier_wait(k_full.at[stream, slot])
+
+                def scores(ref):
+                    plgpu.wgmma(ref, q_smem.at[stream], k_smem.at[stream, slot].transpose((1, 0)))
+                    return ref[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC((ROWS, plan.UNIT), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[stream, slot])
+                s = masked_scores(
+                    s, first_pos + iota(dimension=0) // PG, key + iota(dimension=1), spec, spec.scale * k_scale
+                )
+                p, alpha, m, l = online_softmax(s, m, l)
+                acc = acc * rows_of(alpha, acc)
+                p16 = p.astype(mma_dtype(spec))
+                plgpu.barrier_wait(v_full.at[stream, slot])
+
+                @pl.when(key + plan.UNIT > kv_len)
+                def _():
+                    zero_rows_past(v_smem.at[stream, slot], key, kv_len, plan.UNIT, D)
+
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p16, v_smem.at[stream, slot]))(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(v_free.at[stream, slot])
+                return acc, m, l
+
+            acc, m, l = lax.fori_loop(0, num, step_fn, new_accumulator(ROWS, D))
+            if sinks_ref is not None:
+                # In the piece with the last unit only: the combination adds the pieces' sums.
+                sink = plgpu.load(sinks_ref.at[head], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                l = l + jnp.exp2(sink - m + jnp.where(unit + num == tile_units, 0.0, -jnp.inf))
+            l_safe = jnp.maximum(l, 1e-30)
+            out = acc * rows_of(v_scale / l_safe, acc)
+
+            @pl.when(num == tile_units)
+            def _whole():
+                o_smem.at[stream][...] = out.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                first_token = tiles_ref[tile, plan.FIRST_TOKEN]
+
+                @pl.loop(0, num_tokens)
+                def _(i):
+                    plgpu.copy_smem_to_gmem(
+                        o_smem.at[stream, pl.ds(i * PG, G)],
+                        out_ref.at[pl.ds((first_token + i) * Hq + head * G, G)],
+                    )
+
+            @pl.when(num != tile_units)
+            def _piece():
+                # A worker has at most two pieces: its first segment, and its last.
+                index = worker * 2 + jnp.where(segment == 0, 0, 1)
+                # Spread over the columns, so that the combination is elementwise.
+                lse = m + jnp.log(l_safe) * _LOG2E
+                for value, ref in ((out, part_ref), (rows_of(lse, out), lse_ref)):
+                    part_smem.at[stream][...] = value
+                    plgpu.commit_smem()
+
+                    @pl.loop(0, num_tokens)
+                    def _(i, ref=ref):
+                        plgpu.copy_smem_to_gmem(
+                            part_smem.at[stream, pl.ds(i * PG, PG)],
+                            ref.at[index, pl.ds(i * PG, PG)],
+                        )
+
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(wg >= streams)
+        def _memory():
+            plgpu.set_max_registers(96 if fp8 else 40, action="decrease")
+            _segments(tiles_ref, workers_ref, worker, Hk, fetch_fp8 if fp8 else fetch)
+
+        @pl.when(wg < streams)
+        def _compute():
+            plgpu.set_max_registers(208, action="increase")
+            _segments(tiles_ref, workers_ref, worker, Hk, compute)
+            plgpu.wait_smem_to_gmem(0)
+
+    out, part, lse = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((T * Hq, D), q.dtype),
+            jax.ShapeDtypeStruct((2 * num_workers, ROWS, D), jnp.float32),
+            jax.ShapeDtypeStruct((2 * num_workers, ROWS, D), jnp.float32),
+        ],
+        grid=(config.num_ctas,),
+        grid_names=("cta",),
+        num_threads=2 * streams,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands)
+    return out.reshape(T, Hq, D), part, lse

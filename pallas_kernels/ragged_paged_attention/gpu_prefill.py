@@ -1,0 +1,350 @@
+"""Prefill kernel for Hopper: rows with many query tokens, bound by the tensor cores.
+
+A tile is 128 rows: ``tile_tokens`` tokens with the G heads of one KV head, G padded to a power of two; row = g *
+tile_tokens + token. Two warpgroups compute 64 rows each against the same K and V tiles and take turns on the tensor
+cores: one multiplies while the other is in its softmax. A third warpgroup fetches through the block table with TMA and
+runs ahead across tile borders. CTAs are persistent and take tiles by falling cost, in snake order.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention import gpu_plan as plan
+from pallas_kernels.ragged_paged_attention.gpu_decode import (
+    _LOG2E,
+    masked_scores,
+    mma_dtype,
+    new_accumulator,
+    online_softmax,
+    queries,
+    rows_of,
+    scaled_scores,
+    smem_tile,
+    widen,
+    zero_rows_past,
+)
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec
+
+ROWS = 128  # of a tile
+WG_ROWS = 64  # of a computing warpgroup
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """Tuning of the prefill kernel; part of the compiled kernel's identity."""
+
+    num_ctas: int = 132
+    block_kv: int = 128  # keys of a step, a multiple of 64
+    stages: int = 2
+    raw_stages: int = 2  # fp8 only: K or V units in flight, not yet widened
+
+
+def tile_tokens(spec: AttentionSpec) -> int:
+    """Query tokens of a tile."""
+    group = spec.num_heads // spec.num_kv_heads
+    return ROWS // (1 << (group - 1).bit_length())
+
+
+def prefill(
+    q: jax.Array,  # [T, Hq, D]
+    values: jax.Array,  # [N, 2, Hk, B, D]
+    scales: jax.Array | None,  # float32[2, Hk], fp8 only
+    block_table: jax.Array,  # int32[R, P]
+    out_ref: Any,  # ref [T, Hq, D], written in place
+    work: plan.PrefillPlan,
+    spec: AttentionSpec,
+    config: PrefillConfig,
+    sinks: jax.Array | None,  # float32[Hq]
+) -> None:
+    """Writes the output of the plan's tokens, and no other rows."""
+    T, Hq, D = q.shape
+    N, _, Hk, B, _ = values.shape
+    G, TQ, BK = Hq // Hk, tile_tokens(spec), config.block_kv
+    P = block_table.shape[1]
+    units, stages = BK // plan.UNIT, config.stages
+    heads_per_wg, wg_tokens = max(WG_ROWS // TQ, 1), min(TQ, WG_ROWS)
+    fp8 = scales is not None
+    operands = [q, values.reshape(N * 2 * Hk, B, D), block_table, work.tiles, work.num_tiles]
+    if fp8:
+        operands.append(scales)
+    if sinks is not None:
+        padded = jnp.pad(sinks.reshape(Hk, G) * _LOG2E, ((0, 0), (0, ROWS // TQ - G)))
+        operands.append(jnp.repeat(padded, TQ, axis=1).astype(jnp.float32))
+
+    def kernel(*refs: Any) -> None:
+        refs = list(refs)
+        q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref = refs[:5]
+        del refs[:5]
+        scales_ref = refs.pop(0) if fp8 else None
+        sinks_ref = refs.pop(0) if sinks is not None else None
+        (out,) = refs
+        tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
+        raw = smem_tile((config.raw_stages, plan.UNIT, D), values.dtype)
+        consumed = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+        produced = plgpu.Barrier(num_arrivals=1 if fp8 else units, num_barriers=stages)
+        pl.run_scoped(
+            functools.partial(body, q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref, scales_ref, sinks_ref, out),
+            plgpu.SMEM((ROWS, D), jnp.bfloat16),
+            tile((stages, BK, D)),
+            tile((stages, BK, D)),
+            # A tile's queries, then its output.
+            plgpu.RefUnion(tile((2, WG_ROWS, D)), plgpu.SMEM((ROWS, D), jnp.bfloat16)),
+            plgpu.Barrier(num_arrivals=G),
+            plgpu.Barrier(num_arrivals=2),
+            [produced, produced, consumed, consumed],
+            plgpu.Barrier(num_arrivals=2),
+            [raw, plgpu.Barrier(num_barriers=config.raw_stages)] if fp8 else [],
+            collective_axes="wg",
+        )
+
+    def body(
+        q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref, scales_ref, sinks_ref, out,
+        q_raw, k_smem, v_smem, q_and_o, q_full, q_free, kv_barriers, turn, raw
+    ) -> None:  # fmt: skip
+        k_full, v_full, k_free, v_free = kv_barriers
+        q_smem, o_smem = q_and_o
+        wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        num_items = num_tiles_ref[0] * Hk
+
+        def for_each_item(run: Any) -> None:
+            """``run(i, tile, head, num_steps, first_step)``, first_step counting the steps of the items before."""
+
+            def one(i: jax.Array, first_step: jax.Array) -> jax.Array:
+                # Snake order evens out what the falling costs leave.
+                place = jnp.where(lax.rem(i, jnp.int32(2)) == 0, cta, config.num_ctas - 1 - cta)
+                item = i * config.num_ctas + place
+                tile, head = lax.div(item, jnp.int32(Hk)), lax.rem(item, jnp.int32(Hk))
+                live = item < num_items
+                tile = jnp.where(live, tile, 0)
+                num_steps = jnp.where(live, pl.cdiv(tiles_ref[tile, plan.NUM_UNITS], units), 0)
+
+                @pl.when(live)
+                def _():
+                    run(i, tile, head, num_steps, first_step)
+
+                return first_step + num_steps
+
+            lax.fori_loop(0, pl.cdiv(num_items, config.num_ctas), one, jnp.int32(0))
+
+        def unit_rows(tile, head, unit):
+            """Where K of a unit is in kv_ref (V: Hk further), and its first row in that block."""
+            # The last step's units past the tile's last one repeat it: masked, but finite.
+            unit = tiles_ref[tile, plan.FIRST_UNIT] + jnp.minimum(unit, tiles_ref[tile, plan.NUM_UNITS] - 1)
+            column = jnp.minimum(lax.div(unit, jnp.int32(B // plan.UNIT)), P - 1)
+            block = jnp.clip(table_ref[tiles_ref[tile, plan.ROW], column], 0, N - 1)
+            return block * (2 * Hk) + head, lax.rem(unit, jnp.int32(B // plan.UNIT)) * plan.UNIT
+
+        def fetch_q(i, tile, head):
+            @pl.when(i > 0)
+            def _():
+                plgpu.barrier_wait(q_free)
+
+            for g in range(G):
+                # Past the tile's tokens come those of the next request, or zeros: nobody reads their results.
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[pl.ds(tiles_ref[tile, plan.FIRST_TOKEN], TQ), head * G + g],
+                    q_raw.at[pl.ds(g * TQ, TQ)],
+                    q_full,
+                )
+
+        def fetch(i, tile, head, num_steps, first_step):
+            fetch_q(i, tile, head)
+
+            @pl.loop(0, num_steps)
+            def _(j):
+                slot = lax.rem(first_step + j, jnp.int32(stages))
+                places = [unit_rows(tile, head, j * units + u) for u in range(units)]
+                for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
+
+                    @pl.when(first_step + j >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    for u, (index, row) in enumerate(places):
+                        plgpu.copy_gmem_to_smem(
+                            kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
+                            smem.at[slot, pl.ds(u * plan.UNIT, plan.UNIT)],
+                            full.at[slot],
+                        )
+
+        def fetch_fp8(i, tile, head, num_steps, first_step):
+            raw_smem, raw_full = raw
+            ahead = config.raw_stages - 1
+            num_loads, first_load = num_steps * (2 * units), first_step * (2 * units)
+            fetch_q(i, tile, head)
+
+            def load(n):
+                """Each step's K units, then its V units."""
+                slot = lax.rem(first_load + n, jnp.int32(config.raw_stages))
+                step, part = lax.div(n, jnp.int32(2 * units)), lax.rem(lax.div(n, jnp.int32(units)), jnp.int32(2))
+                index, row = unit_rows(tile, head, step * units + lax.rem(n, jnp.int32(units)))
+                plgpu.copy_gmem_to_smem(
+                    kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)], raw_smem.at[slot], raw_full.at[slot]
+                )
+
+            pl.loop(0, jnp.minimum(num_loads, ahead))(load)
+
+            @pl.loop(0, num_steps)
+            def _(j):
+                slot = lax.rem(first_step + j, jnp.int32(stages))
+                for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
+
+                    @pl.when(first_step + j >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    for u in range(units):
+                        n = (2 * j + part) * units + u
+                        raw_slot = lax.rem(first_load + n, jnp.int32(config.raw_stages))
+
+                        # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
+                        @pl.when(n + ahead < num_loads)
+                        def _(n=n):
+                            load(n + ahead)
+
+                        plgpu.barrier_wait(raw_full.at[raw_slot])
+                        widen(raw_smem.at[raw_slot], smem.at[slot, pl.ds(u * plan.UNIT, plan.UNIT)])
+                        plgpu.commit_smem()
+                    plgpu.barrier_arrive(full.at[slot])
+
+        def take_turn():
+            """Both warpgroups meet here; the second one starts half a step late (see _compute)."""
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        def compute(i, tile, head, num_steps, first_step):
+            del i
+            num_tokens, first_pos = tiles_ref[tile, plan.NUM_TOKENS], tiles_ref[tile, plan.FIRST_POS]
+            first_key, kv_len = tiles_ref[tile, plan.FIRST_UNIT] * plan.UNIT, tiles_ref[tile, plan.KV_LEN]
+            k_scale, v_scale = (scales_ref[0, head], scales_ref[1, head]) if fp8 else (1.0, 1.0)
+            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (WG_ROWS, BK), layout=plgpu.Layout.WGMMA)
+            my_rows = pl.ds(wg * WG_ROWS, WG_ROWS)
+
+            # The copies out of the union of the item before.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_wait(q_full)
+            q_smem.at[wg][...] = queries(q_raw.at[my_rows], spec)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(q_free)
+            plgpu.barrier_wait(k_full.at[lax.rem(first_step, jnp.int32(stages))])
+
+            def step(j, carry, masked):
+                acc, m, l = carry
+                slot = lax.rem(first_step + j, jnp.int32(stages))
+
+                def scores(ref):
+                    plgpu.wgmma(ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                    take_turn()
+                    return ref[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC((WG_ROWS, BK), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                if masked:
+                    token = lax.rem(iota(dimension=0) + wg * WG_ROWS, jnp.int32(TQ))
+                    key = first_key + j * BK
+                    s = masked_scores(s, first_pos + token, key + iota(dimension=1), spec, spec.scale * k_scale)
+                else:
+                    s = scaled_scores(s, spec, spec.scale * k_scale)
+                p, alpha, m, l = online_softmax(s, m, l)
+                acc = acc * rows_of(alpha, acc)
+                p16 = p.astype(mma_dtype(spec))
+                acc, l, m, p16 = lax.optimization_barrier((acc, l, m, p16))
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[slot])
+                if masked:
+
+                    @pl.when(first_key + (j + 1) * BK > kv_len)
+                    def _():
+                        zero_rows_past(v_smem.at[slot], first_key + j * BK, kv_len, BK, D)
+
+                plgpu.barrier_wait(turn)
+
+                def values_step(ref):
+                    plgpu.wgmma(ref, p16, v_smem.at[slot])
+
+                    @pl.when(j + 1 < num_steps)
+                    def _():
+                        plgpu.barrier_wait(k_full.at[lax.rem(first_step + j + 1, jnp.int32(stages))])
+
+                acc = pl.run_state(values_step)(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc, m, l
+
+            # Steps that every query sees whole need no mask; the last ones, and a window's first ones, do.
+            whole_end = jnp.clip(lax.div(first_pos + 1 - first_key, jnp.int32(BK)), 0, num_steps)
+            carry = new_accumulator(WG_ROWS, D)
+            masked_step = functools.partial(step, masked=True)
+            if spec.sliding_window is not None:
+                whole_start = pl.cdiv(jnp.maximum(first_pos + TQ - spec.sliding_window - first_key, 0), BK)
+                whole_start = jnp.minimum(whole_start, num_steps)
+                whole_end = jnp.maximum(whole_end, whole_start)
+                carry = lax.fori_loop(0, whole_start, masked_step, carry)
+            else:
+                whole_start = 0
+            carry = lax.fori_loop(whole_start, whole_end, functools.partial(step, masked=False), carry)
+            acc, m, l = lax.fori_loop(whole_end, num_steps, masked_step, carry)
+
+            if sinks_ref is not None:
+                sink = plgpu.load(sinks_ref.at[head, my_rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                l = l + jnp.exp2(sink - m)
+            o_smem.at[my_rows][...] = (acc * rows_of(v_scale / jnp.maximum(l, 1e-30), acc)).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            write(tile, head, num_tokens)
+
+        def write(tile, head, num_tokens):
+            """This warpgroup's output rows: whole, or 8 tokens at a time, then one."""
+            first_token = tiles_ref[tile, plan.FIRST_TOKEN]
+            # With one head, the warpgroups share the tile's tokens; with more, its heads.
+            before = wg * WG_ROWS if TQ > WG_ROWS else 0
+            num = jnp.clip(num_tokens - before, 0, wg_tokens)
+            for h in range(heads_per_wg):
+                g = (wg * heads_per_wg if TQ <= WG_ROWS else 0) + h
+
+                def copy(start, count, g=g, h=h):
+                    plgpu.copy_smem_to_gmem(
+                        o_smem.at[pl.ds(wg * WG_ROWS + h * TQ + start, count)],
+                        out.at[pl.ds(first_token + before + start, count), head * G + g],
+                    )
+
+                @pl.when(g < G)
+                def _(copy=copy):
+                    @pl.when(num == wg_tokens)
+                    def _():
+                        copy(0, wg_tokens)
+
+                    @pl.when(num != wg_tokens)
+                    def _():
+                        num_groups = lax.div(num, jnp.int32(8))
+                        pl.loop(0, num_groups)(lambda n: copy(n * 8, 8))
+                        pl.loop(num_groups * 8, num)(lambda n: copy(n, 1))
+
+        @pl.when(wg == 2)
+        def _memory():
+            plgpu.set_max_registers(96 if fp8 else 40, action="decrease")
+            for_each_item(fetch_fp8 if fp8 else fetch)
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(208 if fp8 else 232, action="increase")
+            pl.when(wg == 1)(take_turn)
+            for_each_item(compute)
+            pl.when(wg == 0)(take_turn)
+            plgpu.wait_smem_to_gmem(0)
+
+    plgpu.kernel(
+        kernel,
+        grid=(config.num_ctas,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands, out_ref)
