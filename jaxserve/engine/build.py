@@ -1,0 +1,296 @@
+"""``EngineConfig`` -> ``Engine``: opens the checkpoint, resolves what the user left open, loads, compiles, warms up."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.config import EngineConfig, Limits
+from jaxserve.engine.core import EngineCore
+from jaxserve.errors import ConfigError
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import Model, build
+from jaxserve.models.sharding import kv_heads_for, named_shardings, padded_vocab_for
+from jaxserve.runner.attend import PagedAttention, attention_specs
+from jaxserve.runner.buckets import row_buckets, token_buckets
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.executables import Compiler, sample_keys, temp_bytes
+from jaxserve.runner.memory import MemoryPlan, check_fits, plan_blocks
+from jaxserve.runner.runner import Runner
+from jaxserve.scheduler.config import SchedulerConfig
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.weights.load import load_params
+from jaxserve.weights.tokenizer import load_tokenizer
+from pallas_kernels.ragged_paged_attention.api import (
+    IMPLEMENTATIONS,
+    Selection,
+    UnsupportedAttentionError,
+    select_implementation,
+)
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec
+
+logger = logging.getLogger("jaxserve")
+
+_DEFAULTS = {  # by platform: max_num_seqs, max_num_batched_tokens, block_size, multiple of the padded vocabulary
+    "cpu": (8, 512, 16, 1),
+    "gpu": (256, 8192, 64, 64),
+    "tpu": (256, 8192, 128, 128),
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running engine and what its fronts need to know of it.
+
+    ``config`` has every ``None`` resolved that the model or the machine decides; ``info`` is for people.
+    """
+
+    core: EngineCore
+    config: EngineConfig
+    model_config: ModelConfig
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    sampling_defaults: Mapping[str, Any]
+    max_model_len: int
+    limits: Limits
+    info: dict[str, Any]
+
+
+def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
+    """Builds an engine that is ready to serve; its core isn't started.
+
+    Raises:
+        CheckpointError: the model can't be read.
+        ConfigError: a setting doesn't fit the model or the machine.
+    """
+    began = time.perf_counter()
+    _share_of_memory(config)
+    checkpoint = open_checkpoint(config.model, config.load_format)
+    tokenizer = load_tokenizer(checkpoint, config.tokenizer)
+    if config.compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+    platform = _platform()
+    config = _resolve(config, checkpoint.config, platform)
+    mesh = _mesh(config.tensor_parallel_size)
+    model, attention, selection = _design(config, checkpoint.config, mesh)
+    params = load_params(
+        checkpoint,
+        model,
+        sharding=named_shardings(model.param_axes, mesh),
+        seed=config.seed,
+        progress=progress,
+    )
+    loaded = time.perf_counter()
+    runner_config = _runner_config(config, checkpoint.config, platform)
+    memory = _plan_memory(config, model, params, attention, runner_config)
+    check_fits(memory, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
+    runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
+    runner = Runner(model, params, attention, runner_config)
+    runner.start(progress=progress)
+    scheduler = Scheduler(_scheduler_config(config, runner_config))
+    core = EngineCore(scheduler, runner, watchdog_seconds=config.watchdog_seconds, strict_compile=config.strict_compile)
+    seconds = {"load": loaded - began, **_known(runner.executables).seconds, "total": time.perf_counter() - began}
+    engine = Engine(
+        core=core,
+        config=config,
+        model_config=checkpoint.config,
+        tokenizer=tokenizer,
+        eos_token_ids=checkpoint.eos_token_ids,
+        sampling_defaults=checkpoint.sampling_defaults,
+        max_model_len=_known(config.max_model_len),
+        limits=config.limits,
+        info=_info(config, checkpoint, mesh, selection, memory, runner, seconds),
+    )
+    logger.info("%s; %s", selection.explanation, memory.describe()["kv cache"])
+    return engine
+
+
+def _share_of_memory(config: EngineConfig) -> None:
+    """JAX preallocates 75% of a GPU unless it is told otherwise; this must be said before its backend exists."""
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", f"{config.gpu_memory_utilization:.3f}")
+
+
+def _platform() -> str:
+    platform = jax.default_backend()
+    if platform not in _DEFAULTS:
+        raise ConfigError(f"JAX runs on {platform!r}; allowed: {', '.join(_DEFAULTS)}")
+    if platform == "cpu" and shutil.which("nvidia-smi"):
+        logger.warning("an NVIDIA GPU is here, but JAX is CPU-only; pip install 'jaxserve-llm[cuda13]' to use it")
+    return platform
+
+
+def _resolve(config: EngineConfig, model: ModelConfig, platform: str) -> EngineConfig:
+    """Replaces every None that the model or the machine decides."""
+    seqs, tokens, block_size, _ = _DEFAULTS[platform]
+    max_model_len = config.max_model_len or model.max_position
+    if max_model_len > model.max_position:
+        raise ConfigError(f"max_model_len is {max_model_len}; allowed: 2..{model.max_position} (the model's context)")
+    seqs = config.max_num_seqs or seqs
+    batched = config.max_num_batched_tokens or max(tokens, seqs)
+    if batched < seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens is {batched}; allowed: at least max_num_seqs ({seqs}), a token for each"
+        )
+    dtype = config.dtype if config.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16")
+    return dataclasses.replace(
+        config,
+        dtype=dtype,
+        kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=batched,
+        block_size=config.block_size or block_size,
+    )
+
+
+def _mesh(size: int) -> Mesh:
+    devices = jax.devices()
+    if size > len(devices):
+        raise ConfigError(f"tensor_parallel_size is {size}; allowed: 1..{len(devices)} (the devices that JAX sees)")
+    return Mesh(np.array(devices[:size]), ("tp",))
+
+
+def _design(config: EngineConfig, shape: ModelConfig, mesh: Mesh) -> tuple[Model, PagedAttention, Selection]:
+    """The abstract model and how it attends."""
+    shards = config.tensor_parallel_size
+    try:
+        num_kv_heads = kv_heads_for(shape, shards)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    multiple = _DEFAULTS[_platform()][3]
+    model = build(
+        shape,
+        dtype=config.dtype,
+        padded_vocab=padded_vocab_for(shape.vocab_size, shards, multiple),
+        num_kv_heads=num_kv_heads,
+    )
+    specs = attention_specs(
+        model.config,
+        block_size=_known(config.block_size),
+        dtype=config.dtype,
+        kv_dtype=config.kv_cache_dtype,
+        shards=shards,
+    )
+    selection = _select(specs, config.attention_implementation, mesh)
+    return model, PagedAttention(specs, selection.implementation, mesh), selection
+
+
+def _select(specs: tuple[AttentionSpec, ...], requested: str, mesh: Mesh) -> Selection:
+    """One implementation for all layers: the most preferred that runs every one of them."""
+    device = mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)
+    try:
+        choices = [select_implementation(spec, device.platform, requested, capability) for spec in set(specs)]
+    except UnsupportedAttentionError as error:
+        raise ConfigError(str(error)) from error
+    return max(choices, key=lambda choice: IMPLEMENTATIONS.index(choice.implementation))
+
+
+def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> RunnerConfig:
+    """Everything but the number of blocks, which is that of a trial here."""
+    seqs, tokens = _known(config.max_num_seqs), _known(config.max_num_batched_tokens)
+    rows = row_buckets(seqs, platform, most=3 if platform == "cpu" else 5)
+    return RunnerConfig(
+        max_num_seqs=seqs,
+        max_model_len=_known(config.max_model_len),
+        max_num_batched_tokens=tokens,
+        block_size=_known(config.block_size),
+        num_blocks=-(-_known(config.max_model_len) // _known(config.block_size)),
+        vocab_size=model.vocab_size,
+        limits=config.limits,
+        token_buckets=token_buckets(tokens, rows),
+        row_buckets=rows,
+    )
+
+
+def _plan_memory(
+    config: EngineConfig, model: Model, params: Any, attention: PagedAttention, runner_config: RunnerConfig
+) -> MemoryPlan:
+    device = attention.mesh.devices.flat[0]
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    compiler = Runner(model, params, attention, runner_config).compiler()
+    explicit = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
+    return plan_blocks(
+        limit=limit,
+        params=stats.get("bytes_in_use", sum(_bytes_on(device, leaf) for leaf in jax.tree.leaves(params))),
+        state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((compiler.slots, compiler.scratch))),
+        temp=0 if limit is None or explicit else _trial_temp(compiler),
+        block=attention.bytes_per_block(),
+        override=config.num_gpu_blocks_override,
+        kv_bytes=config.kv_cache_memory_bytes,
+    )
+
+
+def _trial_temp(compiler: Compiler) -> int:
+    """Temporaries of the largest forward and of the largest sampler, compiled with a small pool."""
+    largest = compiler.lower_forward(*compiler.config.token_buckets[-1]).compile()
+    sampler = compiler.lower_sample(sample_keys(compiler.config)[-1]).compile()
+    return max(temp_bytes(largest), temp_bytes(sampler))
+
+
+def _bytes_on(device: Any, array: jax.Array) -> int:
+    return sum(shard.data.nbytes for shard in array.addressable_shards if shard.device == device)
+
+
+def _scheduler_config(config: EngineConfig, runner: RunnerConfig) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=runner.max_num_seqs,
+        max_model_len=runner.max_model_len,
+        max_num_batched_tokens=runner.max_num_batched_tokens,
+        block_size=runner.block_size,
+        num_blocks=runner.num_blocks,
+        max_drafts=runner.max_drafts,
+        enable_prefix_caching=config.enable_prefix_caching,
+        policy=config.scheduling_policy,
+        run_ahead=config.run_ahead,
+        max_seconds=config.max_seconds,
+        vocab_size=runner.vocab_size,
+    )
+
+
+def _info(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    selection: Selection,
+    memory: MemoryPlan,
+    runner: Runner,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    devices = mesh.devices.flat
+    return {
+        "model": f"{checkpoint.path} ({checkpoint.config.architecture}, {checkpoint.load_format})",
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "dtype": f"{jnp.dtype(config.dtype).name}, KV {config.kv_cache_dtype}",
+        "attention": selection.implementation,
+        "attention choice": selection.explanation,
+        "memory": memory.describe(),
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "block_size": config.block_size,
+        "executables": _known(runner.executables).num_executables,
+        "start-up seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "EOS token ids": list(checkpoint.eos_token_ids),
+        "generation defaults": dict(checkpoint.sampling_defaults) or "SamplingParams()",
+    }
+
+
+def _known[T](value: T | None) -> T:
+    """A value that is resolved by now."""
+    if value is None:
+        raise RuntimeError("an engine setting was used before it was resolved")
+    return value

@@ -1,0 +1,299 @@
+"""The engine's loop, on its own thread: schedule, dispatch, fetch, commit. The fronts talk to it through ``submit``,
+``finish`` and events.
+
+An exception anywhere in the loop ends the engine for good: every unfinished choice gets an event with the error,
+and later calls raise ``EngineDeadError``. A step that outlasts the watchdog does the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxserve.engine.events import ChoiceEvent
+from jaxserve.errors import CompileAfterWarmupError, EngineDeadError
+from jaxserve.runner.compile_guard import CompileGuard
+from jaxserve.scheduler.commit import Commit
+from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
+from jaxserve.scheduler.request import Choice, FinishReason
+from jaxserve.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger("jaxserve")
+
+Sink = Callable[[ChoiceEvent], None]
+_IDLE_CHECK_SECONDS = 1.0
+
+
+class StepRunner(Protocol):
+    """What the core needs of a runner."""
+
+    def dispatch(self, plan: StepPlan) -> Any: ...
+
+    def fetch(self, step: Any) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    choice_id: int
+    reason: FinishReason
+    stop_reason: int | str | None
+
+
+class EngineCore:
+    """Runs choices to their ends.
+
+    Args:
+        scheduler: decides.
+        runner: computes.
+        watchdog_seconds: longest time between heartbeats while there is work.
+        strict_compile: a compilation while serving kills the engine instead of being counted.
+        check_invariants: check the scheduler after every step (tests); otherwise only when it falls idle.
+
+    Attributes:
+        heartbeat: ``time.monotonic()`` of the loop's last turn.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        *,
+        watchdog_seconds: float = 300.0,
+        strict_compile: bool = False,
+        check_invariants: bool = False,
+    ) -> None:
+        self.heartbeat = time.monotonic()
+        self._scheduler = scheduler
+        self._runner = runner
+        self._watchdog_seconds = watchdog_seconds
+        self._strict_compile = strict_compile
+        self._check_invariants = check_invariants
+        self._inbox: deque[Choice | _Finish | Callable[[], None]] = deque()
+        self._sinks: dict[int, Sink] = {}
+        self._in_flight: deque[tuple[StepPlan, Any]] = deque()
+        self._lock = threading.Condition()
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._busy = False
+        self._guard = CompileGuard()
+        self._thread: threading.Thread | None = None
+
+    # -- any thread
+
+    def start(self) -> None:
+        """Starts the loop; does nothing the second time."""
+        with self._lock:
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._run, name="jaxserve-core", daemon=True)
+            self._thread.start()
+        threading.Thread(target=self._watch, name="jaxserve-watchdog", daemon=True).start()
+
+    def shutdown(self) -> None:
+        """Stops the loop; unfinished choices get an error event. Idempotent."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=self._watchdog_seconds)
+        self._die(EngineDeadError("the engine was shut down"))
+
+    def submit(self, choices: Sequence[Choice], sink: Sink) -> None:
+        """Queues choices. ``sink`` is called on the core's thread for each of their events; it must be quick.
+
+        Raises:
+            EngineDeadError: the engine failed or was shut down.
+        """
+        with self._lock:
+            self._raise_if_dead()
+            for choice in choices:
+                self._sinks[choice.choice_id] = sink
+            self._inbox.extend(choices)
+            self._lock.notify_all()
+
+    def finish(self, choice_id: int, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Ends a choice at any moment (abort, stop string). Unknown and finished choices are left alone."""
+        with self._lock:
+            self._inbox.append(_Finish(choice_id, reason, stop_reason))
+            self._lock.notify_all()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs ``function`` on the core's thread, between two steps."""
+        with self._lock:
+            self._raise_if_dead()
+            self._inbox.append(function)
+            self._lock.notify_all()
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError if the engine failed or was shut down."""
+        with self._lock:
+            self._raise_if_dead()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and what runs and waits now."""
+        return {
+            **self._scheduler.stats.as_dict(),
+            "num_running": self._scheduler.num_running,
+            "num_waiting": self._scheduler.num_waiting,
+            "num_compiles_while_serving": self._guard.num_compiles,
+        }
+
+    def _raise_if_dead(self) -> None:
+        if self._error is not None:
+            raise EngineDeadError(f"the engine failed: {self._error}") from self._error
+
+    # -- the core's thread
+
+    def _run(self) -> None:
+        try:
+            with self._guard:
+                while self._take_inbox():
+                    self.step()
+        except BaseException as error:  # whatever it is, the callers must hear of it
+            logger.exception("the engine failed")
+            self._die(error)
+
+    def step(self) -> None:
+        """One turn: plan and dispatch a step if one can be planned; then, or else, commit the oldest one."""
+        self.heartbeat = time.monotonic()
+        self._expire()
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            self._in_flight.append((plan, self._runner.dispatch(plan)))
+        if plan is None or len(self._in_flight) > self._scheduler.config.run_ahead:
+            self._commit_oldest()
+        if self._check_invariants:
+            self._scheduler.check_invariants()
+        if self._strict_compile and self._guard.num_compiles:
+            raise CompileAfterWarmupError("an executable was compiled while serving; strict_compile forbids it")
+
+    def _commit_oldest(self) -> None:
+        if not self._in_flight:
+            return
+        plan, step = self._in_flight.popleft()
+        result = self._runner.fetch(step)
+        self.heartbeat = time.monotonic()
+        for commit in self._scheduler.commit(plan, result):
+            self._emit(commit, result)
+
+    def _emit(self, commit: Commit, result: StepResult | None) -> None:
+        choice, row = commit.choice, commit.row
+        num_tokens = len(commit.new_token_ids)
+        logprobs = None
+        num_drafted = num_accepted = 0
+        if result is not None and row >= 0:
+            if result.logprobs is not None and choice.params.logprobs is not None and num_tokens:
+                logprobs = _rows(result.logprobs, row, num_tokens)
+            num_drafted = int(result.num_drafted[row])
+            num_accepted = max(int(result.num_emitted[row]) - 1, 0)
+        self._send(
+            ChoiceEvent(
+                choice_id=choice.choice_id,
+                index=choice.index,
+                token_ids=tuple(commit.new_token_ids),
+                logprobs=logprobs,
+                prompt_logprobs=commit.prompt_logprobs,
+                finish_reason=commit.finish_reason,
+                stop_reason=commit.stop_reason,
+                num_cached_tokens=choice.num_cached_tokens,
+                error=None,
+                time=self.heartbeat,
+                num_drafted=num_drafted,
+                num_accepted=num_accepted,
+            )
+        )
+
+    def _send(self, event: ChoiceEvent) -> None:
+        sink = self._sinks.get(event.choice_id)
+        if sink is None:
+            return
+        if event.finish_reason is not None:
+            del self._sinks[event.choice_id]
+        sink(event)
+
+    def _expire(self) -> None:
+        for commit in self._scheduler.expire(self.heartbeat):
+            self._emit(commit, None)
+
+    def _take_inbox(self) -> bool:
+        """Applies what other threads asked for; waits while there is nothing to do. False: stop."""
+        with self._lock:
+            self._busy = self._scheduler.has_work or bool(self._in_flight)
+            if not self._busy and not self._inbox and not self._stopping:
+                self._scheduler.check_invariants()
+                while not self._inbox and not self._stopping:
+                    self._lock.wait(_IDLE_CHECK_SECONDS)
+                    self.heartbeat = time.monotonic()
+            items = list(self._inbox)
+            self._inbox.clear()
+            self._busy = True
+            stopping = self._stopping
+        for item in items:
+            if isinstance(item, Choice):
+                self._scheduler.add(item)
+            elif isinstance(item, _Finish):
+                self._finish(item)
+            else:
+                item()
+        return not stopping
+
+    def _finish(self, item: _Finish) -> None:
+        choice = self._scheduler.choices.get(item.choice_id)
+        if choice is not None and self._scheduler.finish(choice, item.reason, item.stop_reason):
+            self._emit(Commit(choice, -1, [], item.reason, item.stop_reason), None)
+
+    # -- the end
+
+    def _die(self, error: BaseException) -> None:
+        """Tells every waiting caller, once."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+            sinks, self._sinks = self._sinks, {}
+            self._stopping = True
+            self._lock.notify_all()
+        now = time.monotonic()
+        for choice_id, sink in sinks.items():
+            sink(
+                ChoiceEvent(
+                    choice_id=choice_id,
+                    index=0,
+                    token_ids=(),
+                    logprobs=None,
+                    prompt_logprobs=None,
+                    finish_reason="error",
+                    stop_reason=None,
+                    num_cached_tokens=0,
+                    error=self._error,
+                    time=now,
+                )
+            )
+
+    def _watch(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait(min(_IDLE_CHECK_SECONDS, self._watchdog_seconds / 4))
+                if self._error is not None or self._stopping:
+                    return
+                silent = time.monotonic() - self.heartbeat
+                hung = self._busy and silent > self._watchdog_seconds
+            if hung:
+                logger.error("no step has returned for %.0f s; the engine gives up", silent)
+                self._die(EngineDeadError(f"no step has returned for {silent:.0f} s (watchdog_seconds)"))
+                return
+
+
+def _rows(table: Logprobs, row: int, num_tokens: int) -> Logprobs:
+    """The first ``num_tokens`` positions of one row."""
+    return Logprobs(
+        token_logprob=table.token_logprob[row, :num_tokens],
+        token_rank=table.token_rank[row, :num_tokens],
+        top_ids=table.top_ids[row, :num_tokens],
+        top_logprobs=table.top_logprobs[row, :num_tokens],
+    )

@@ -1,0 +1,95 @@
+"""How many KV blocks fit. Sizes are in bytes, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxserve.errors import KVCacheTooSmallError
+
+CPU_KV_BYTES = 1 << 30
+GRAPH_RESERVE_BYTES = 512 << 20  # recorded graphs, library workspaces and results in flight
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where a device's memory goes.
+
+    Attributes:
+        limit: what the allocator may hand out; None where the device doesn't say (CPU).
+        params: weights and whatever else was there before the engine's state.
+        state: slots and scratch.
+        temp: largest temporary of any executable.
+        reserve: kept free.
+        block: one KV block over all layers.
+        num_blocks: blocks of the pool.
+        source: what decided ``num_blocks``.
+    """
+
+    limit: int | None
+    params: int
+    state: int
+    temp: int
+    reserve: int
+    block: int
+    num_blocks: int
+    source: str
+
+    def describe(self) -> dict[str, str]:
+        """Readable sizes, for ``info``."""
+        sizes = {"weights": self.params, "state": self.state, "temporaries": self.temp, "reserve": self.reserve}
+        shown = {name: readable(size) for name, size in sizes.items()}
+        if self.limit is not None:
+            shown = {"limit": readable(self.limit), **shown}
+        blocks = f"{readable(self.num_blocks * self.block)}, {self.num_blocks} blocks, from {self.source}"
+        return {**shown, "kv cache": blocks}
+
+
+def readable(size: int) -> str:
+    """A size in bytes with a unit that suits it."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def plan_blocks(
+    *,
+    limit: int | None,
+    params: int,
+    state: int,
+    temp: int,
+    block: int,
+    override: int | None,
+    kv_bytes: int | None,
+) -> MemoryPlan:
+    """The number of blocks: an explicit number, else what an explicit size holds, else what is left of the limit."""
+    reserve = 0 if limit is None else GRAPH_RESERVE_BYTES
+    if override is not None:
+        num_blocks, source = override, "num_gpu_blocks_override"
+    elif kv_bytes is not None:
+        num_blocks, source = kv_bytes // block, "kv_cache_memory_bytes"
+    elif limit is None:
+        num_blocks, source = CPU_KV_BYTES // block, f"the default of {readable(CPU_KV_BYTES)}"
+    else:
+        num_blocks, source = (limit - params - state - temp - reserve) // block, "the memory that is left"
+    return MemoryPlan(limit, params, state, temp, reserve, block, num_blocks, source)
+
+
+def check_fits(plan: MemoryPlan, *, max_model_len: int, block_size: int) -> None:
+    """One request of ``max_model_len`` tokens must fit.
+
+    Raises:
+        KVCacheTooSmallError: says the largest ``max_model_len`` that would fit, and what would make room.
+    """
+    needed = -(-max_model_len // block_size)
+    if plan.num_blocks >= needed:
+        return
+    fits = max(plan.num_blocks, 0) * block_size
+    raise KVCacheTooSmallError(
+        f"max_model_len {max_model_len} needs {needed} KV blocks of {block_size} tokens "
+        f"({readable(needed * plan.block)}), but {plan.source} gives {max(plan.num_blocks, 0)}; "
+        f"the largest max_model_len that fits is {fits}. Lower max_model_len, or raise kv_cache_memory_bytes or "
+        "gpu_memory_utilization"
+    )

@@ -1,0 +1,223 @@
+"""``Runner``: runs plans on the device. ``dispatch`` returns before the step has run; ``fetch`` waits for its result.
+
+Shape letters: R rows of the plan, K draft length, C logprob candidates, M rows of a logprob table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxserve.models.registry import Model
+from jaxserve.runner.attend import POOL, WHOLE, PagedAttention
+from jaxserve.runner.buckets import pick_forward
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.executables import ADMISSION_ROWS, Compiler, Executables
+from jaxserve.runner.packet import admission_fields, pack_admissions, pack_plan, packet_len
+from jaxserve.runner.state import init_scratch, init_slots
+from jaxserve.sampling.host import host_row, row_spec
+from jaxserve.sampling.tier import Tier, tier_for
+from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
+
+_WARMUP_RUNS = 3  # XLA records a graph no earlier than the second run of an executable
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWindow:
+    """Scores of some prompt tokens of one row, on their way."""
+
+    row: int
+    first: int  # position of the first scored token
+    num_tokens: int
+    words: jax.Array  # int32[W, 2 + 2C]
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A step on its way."""
+
+    plan: StepPlan
+    words: jax.Array  # int32[R, ...], see step.sample
+    num_drafts: int
+    with_logprobs: bool
+    prompt_windows: tuple[PromptWindow, ...]
+
+
+class Runner:
+    """Owns everything on the device. One thread calls it.
+
+    Args:
+        model: abstract.
+        params: its parameters, on the mesh.
+        attention: how layers attend; names the mesh.
+        config: shapes.
+    """
+
+    def __init__(self, model: Model, params: Any, attention: PagedAttention, config: RunnerConfig) -> None:
+        self.config = config
+        self._spec = row_spec(config.vocab_size, config.limits)
+        self._fields = admission_fields(config, self._spec)
+        self._tiers = np.zeros(config.max_num_seqs, np.int32)  # of the choice in each slot
+        self._model, self._attention = model, attention
+        self._trunk = model.trunk_params(params)
+        self._head = model.head_params(params)
+        self._params = params
+        self.executables: Executables | None = None
+
+    def start(self, *, progress: bool = False) -> None:
+        """Allocates the state, compiles the closed set, and runs all of it."""
+        compiler = self.compiler()
+        executables = compiler.compile_all(progress=progress)
+        before = time.perf_counter()
+        self._kv, self._slots, self._scratch = (
+            jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
+            for make, shapes in zip(self._makers(), (compiler.kv, compiler.slots, compiler.scratch), strict=True)
+        )
+        self.executables = executables
+        self._warm_up(executables)
+        executables.seconds["first runs"] = time.perf_counter() - before
+
+    def compiler(self) -> Compiler:
+        """What ``start`` compiles with; nothing is allocated."""
+        kv, slots, scratch = (jax.eval_shape(make) for make in self._makers())
+        return Compiler(
+            model=self._model,
+            attention=self._attention,
+            config=self.config,
+            fields=self._fields,
+            params=self._params,
+            kv=self._place(kv, POOL),
+            slots=self._place(slots, WHOLE),
+            scratch=self._place(scratch, WHOLE),
+        )
+
+    def dispatch(self, plan: StepPlan) -> Dispatched:
+        """Sends one step to the device: an upload, three or more launches, no wait."""
+        executables = self._started()
+        self._admit(plan)
+        self._slots = executables.stage(self._slots, pack_plan(plan, self.config))
+        num_rows = len(plan.slots)
+        forward = executables.forward[pick_forward(self.config.token_buckets, plan.num_tokens, num_rows)]
+        self._kv, self._scratch = forward(self._trunk, self._kv, self._slots, self._scratch)
+        windows = tuple(self._prompt_windows(plan))
+        tier = Tier(int(self._tiers[plan.slots].max()))
+        drafts = self.config.max_drafts if plan.num_drafts.any() else 0
+        key = next(key for key in executables.sample if key.serves(tier, drafts, num_rows))
+        self._slots, words = executables.sample[key](self._head, self._slots, self._scratch)
+        words.copy_to_host_async()
+        return Dispatched(plan, words, key.num_drafts, key.tier >= Tier.FULL, windows)
+
+    def fetch(self, step: Dispatched) -> StepResult:
+        """Waits for a step and returns its result."""
+        words = np.asarray(step.words)[: len(step.plan.slots)]  # [R, ...]
+        K = step.num_drafts
+        logprobs = None
+        if step.with_logprobs and any(choice.params.logprobs is not None for choice in step.plan.choices):
+            table = words[:, 2 + K + 1 :]
+            logprobs = _logprobs(table.reshape(len(table), K + 1, -1))
+        return StepResult(
+            step_id=step.plan.step_id,
+            token_ids=words[:, 2 : 2 + K + 1],
+            num_emitted=words[:, 0],
+            num_drafted=words[:, 1],
+            logprobs=logprobs,
+            prompt_logprobs=_join_windows(step.prompt_windows),
+        )
+
+    def _started(self) -> Executables:
+        if self.executables is None:
+            raise RuntimeError("the runner wasn't started")
+        return self.executables
+
+    def _admit(self, plan: StepPlan) -> None:
+        executables = self._started()
+        admissions = plan.admissions
+        for admission in admissions:
+            self._tiers[admission.slot] = tier_for(admission.choice.params)
+        for chunk in itertools.batched(admissions, ADMISSION_ROWS):
+            rows = [
+                host_row(
+                    admission.choice.params,
+                    seed=admission.choice.seed,
+                    choice_index=admission.choice.index,
+                    eos_token_ids=admission.choice.eos_token_ids,
+                    prompt_len=admission.choice.prompt_len,
+                    bad_words_ids=admission.choice.bad_words_ids,
+                    vocab_size=self.config.vocab_size,
+                    limits=self.config.limits,
+                )
+                for admission in chunk
+            ]
+            words = pack_admissions(chunk, rows, self._fields, self.config, ADMISSION_ROWS)
+            self._slots = executables.admit(self._slots, words)
+
+    def _prompt_windows(self, plan: StepPlan) -> Iterable[PromptWindow]:
+        executables = self._started()
+        for row, choice in enumerate(plan.choices):
+            if not choice.needs_prompt_logprobs:
+                continue
+            width = int(plan.widths[row])
+            start = choice.computed_len + choice.in_flight_len - width  # exact in prefill: nothing is drafted there
+            num_scores = min(start + width, choice.prompt_len - 1) - start
+            size = executables.prompt_score_tokens
+            for offset in range(0, num_scores, size):
+                window = np.array([row, offset, start + offset], np.int32)
+                words = executables.prompt_scores(self._head, self._slots, self._scratch, window)
+                words.copy_to_host_async()
+                yield PromptWindow(row, start + offset + 1, min(size, num_scores - offset), words)
+
+    def _warm_up(self, executables: Executables) -> None:
+        """Runs every executable on an empty plan: padding rows write nowhere."""
+        packet = np.zeros(packet_len(self.config), np.int32)
+        packet[: self.config.max_num_seqs] = self.config.max_num_seqs
+        packet[-3 * self.config.max_table_updates :: 3] = self.config.max_num_seqs
+        nobody = pack_admissions([], [], self._fields, self.config, ADMISSION_ROWS)
+        for _ in range(_WARMUP_RUNS):
+            self._slots = executables.admit(self._slots, nobody)
+            self._slots = executables.stage(self._slots, packet)
+            for forward in executables.forward.values():
+                self._kv, self._scratch = forward(self._trunk, self._kv, self._slots, self._scratch)
+            executables.prompt_scores(self._head, self._slots, self._scratch, np.zeros(3, np.int32))
+            for sample in executables.sample.values():
+                self._slots, words = sample(self._head, self._slots, self._scratch)
+                words.copy_to_host_async()
+        jax.block_until_ready((self._kv, self._slots, self._scratch))
+
+    def _makers(self) -> tuple[Any, ...]:
+        return (
+            lambda: self._attention.empty_pools(self.config.num_blocks),
+            lambda: init_slots(self.config),
+            lambda: init_scratch(self.config, self._model.config.model_dim, jnp.dtype(self._model.dtype)),
+        )
+
+    def _place(self, tree: Any, spec: Any) -> Any:
+        sharding = NamedSharding(self._attention.mesh, spec)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _logprobs(words: np.ndarray) -> Logprobs:  # int32[..., 2 + 2C]
+    num = (words.shape[-1] - 2) // 2
+    return Logprobs(
+        token_logprob=np.ascontiguousarray(words[..., 0]).view(np.float32),
+        token_rank=words[..., 1],
+        top_ids=words[..., 2 : 2 + num],
+        top_logprobs=np.ascontiguousarray(words[..., 2 + num :]).view(np.float32),
+    )
+
+
+def _join_windows(windows: tuple[PromptWindow, ...]) -> dict[int, tuple[int, Logprobs]]:
+    """Windows of one row lie one after the other."""
+    joined: dict[int, tuple[int, Logprobs]] = {}
+    for row, group in itertools.groupby(windows, key=lambda window: window.row):
+        parts = list(group)
+        table = np.concatenate([np.asarray(part.words)[: part.num_tokens] for part in parts])
+        joined[row] = (parts[0].first, _logprobs(table))
+    return joined

@@ -1,0 +1,220 @@
+"""The device side of a step, as pure functions: stage, admit, forward, sample. Each is compiled for a few sizes.
+
+    stage(slots, packet) -> slots                        the plan's rows, block-table updates, drafts
+    admit(slots, words) -> slots                         new choices; every field of their slots is overwritten
+    forward(params, kv, slots, scratch) -> kv, scratch   embed, layers, KV write; hidden states to sample from
+    sample(params, slots, scratch) -> slots, words       LM head, sampler, accept; what the host wants to know
+
+All state is donated, so its addresses never change, and every effect is ordered by data dependence.
+
+Shape letters: S slots, R rows of the bucket, T tokens of the bucket, K draft length, M = R * (K+1), E model dim,
+P block-table columns, A admissions, C logprob candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.models.registry import Model
+from jaxserve.runner.attend import PagedAttention
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.packet import Fields, unpack_plan
+from jaxserve.runner.state import Scratch, SlotState, StagedPlan
+from jaxserve.sampling.logprobs import LogprobArrays, prompt_logprobs
+from jaxserve.sampling.rows import make_rows
+from jaxserve.sampling.sampler import sample as sample_rows
+from jaxserve.sampling.state import commit_tokens, reset_rows
+from jaxserve.sampling.tier import Tier
+from jaxserve.speculation.ngram import propose
+from jaxserve.speculation.verify import accept
+from pallas_kernels.ragged_paged_attention.types import KVPool, RaggedBatch
+
+
+def stage(
+    slots: SlotState,
+    packet: jax.Array,  # int32[packet_len], see packet.py
+    *,
+    config: RunnerConfig,
+) -> SlotState:
+    """Puts a plan on the device. Draft counts of the plan are caps where drafts are looked up here."""
+    rows, drafts, updates = unpack_plan(packet, config)
+    row_slots, widths, num_drafts, samples = rows
+    if config.ngram is not None:
+        where = jnp.minimum(row_slots, config.max_num_seqs - 1)
+        caps = num_drafts
+        drafts, num_drafts = propose(
+            slots.tokens[where],
+            slots.tokens_len[where],
+            caps,
+            K=config.max_drafts,
+            n_min=config.ngram.min_len,
+            n_max=config.ngram.max_len,
+        )
+        widths = widths - caps + num_drafts
+    table = slots.block_table.at[0, updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
+    plan = StagedPlan(row_slots, widths, num_drafts, drafts, samples > 0)
+    return replace(slots, block_table=table, plan=plan)
+
+
+def admit(
+    slots: SlotState,
+    words: jax.Array,  # int32[A, fields.num_words], see packet.py
+    *,
+    fields: Fields,
+) -> SlotState:
+    """Overwrites every field of the admitted slots; nothing of their former choices is left."""
+    row = fields.unpack(words)
+    where = row.pop("slot")
+    tokens, tokens_len = row.pop("tokens"), row.pop("tokens_len")
+    computed_len, blocks = row.pop("computed_len"), row.pop("blocks")
+    return replace(
+        slots,
+        tokens=slots.tokens.at[where].set(tokens, mode="drop"),
+        tokens_len=slots.tokens_len.at[where].set(tokens_len, mode="drop"),
+        computed_len=slots.computed_len.at[where].set(computed_len, mode="drop"),
+        block_table=slots.block_table.at[0, where].set(blocks, mode="drop"),
+        sampling=reset_rows(slots.sampling, where, row, tokens, tokens_len),
+    )
+
+
+def forward(
+    params: Any,  # Model.trunk_params
+    kv: tuple[KVPool, ...],
+    slots: SlotState,
+    scratch: Scratch,
+    *,
+    model: Model,
+    attention: PagedAttention,
+    config: RunnerConfig,
+    num_tokens: int,
+    num_rows: int,
+) -> tuple[tuple[KVPool, ...], Scratch]:
+    """Computes the staged rows' tokens in a bucket of T = num_tokens, R = num_rows."""
+    T, R, S, K = num_tokens, num_rows, config.max_num_seqs, config.max_drafts
+    widths = slots.plan.widths[:R]
+    where = jnp.minimum(slots.plan.slots[:R], S - 1)  # padding rows point at some slot; their width is 0
+    computed = slots.computed_len[where]
+    ends = jnp.cumsum(widths)
+    starts = ends - widths
+    token = jnp.arange(T)
+    row = jnp.minimum(jnp.searchsorted(ends, token, side="right"), R - 1)  # [T]
+    real = token < ends[-1]
+    position = jnp.where(real, computed[row] + token - starts[row], 0)
+    slot = where[row]
+    token_ids = slots.tokens[slot, jnp.minimum(position, config.max_model_len - 1)]
+    if K:
+        ahead = position - slots.tokens_len[slot]
+        draft = slots.plan.drafts[row, jnp.clip(ahead, 0, K - 1)]
+        token_ids = jnp.where(ahead >= 0, draft, token_ids)
+    table = slots.block_table[0, where]  # [R, P]
+    block = table[row, position // config.block_size]
+    batch = RaggedBatch(
+        block_table=table,
+        context_lens=jnp.where(widths > 0, computed + widths, 0),
+        cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
+        token_block=jnp.where(real, block, config.num_blocks),
+        token_offset=position % config.block_size,
+    )
+    hidden, kv = model.hidden(params, token_ids, position, kv, attention.bind(batch))  # [T, E]
+    # The sampler's positions are the last 1 + num_drafts of each row.
+    first = ends - 1 - slots.plan.num_drafts[:R]
+    wanted = jnp.clip(first[:, None] + jnp.arange(K + 1), 0, T - 1)  # [R, K+1]
+    return kv, Scratch(
+        sampled=jax.lax.dynamic_update_slice(scratch.sampled, hidden[wanted], (0, 0, 0)),
+        tokens=jax.lax.dynamic_update_slice(scratch.tokens, hidden, (0, 0)),
+    )
+
+
+def sample(
+    params: Any,  # Model.head_params
+    slots: SlotState,
+    scratch: Scratch,
+    *,
+    model: Model,
+    config: RunnerConfig,
+    tier: Tier,
+    num_rows: int,
+    num_drafts: int,
+) -> tuple[SlotState, jax.Array]:
+    """Samples at R = num_rows rows and 1 + num_drafts positions each, and advances the slots.
+
+    Returns:
+        The slots, and int32[R, result_words]: see ``result_words``.
+    """
+    R, S, K = num_rows, config.max_num_seqs, num_drafts
+    where = slots.plan.slots[:R]
+    drafts, drafted = slots.plan.drafts[:R, :K], slots.plan.num_drafts[:R]
+    samples, widths = slots.plan.samples[:R], slots.plan.widths[:R]
+    hidden = scratch.sampled[:R, : K + 1].reshape(R * (K + 1), -1)
+    logits = model.logits(params, hidden)  # [M, V]
+    rows = make_rows(slots.sampling, where, slots.tokens, slots.tokens_len, drafts)
+    token_ids, logprobs = sample_rows(
+        logits,
+        rows,
+        slots.sampling,
+        tier=tier,
+        vocab_size=config.vocab_size,
+        max_logprobs=config.limits.max_logprobs,
+    )
+    sampled = token_ids.reshape(R, K + 1)
+    emitted = accept(sampled, drafts, drafted, samples & (where < S))  # [R]
+
+    old_len = slots.tokens_len[jnp.minimum(where, S - 1)]
+    column = jnp.arange(K + 1)
+    at = jnp.where(column < emitted[:, None], old_len[:, None] + column, config.max_model_len)  # past the end: dropped
+    rejected = jnp.where(samples, drafted - (emitted - 1), 0)
+    advanced = replace(
+        slots,
+        tokens=slots.tokens.at[where[:, None], at].set(sampled, mode="drop"),
+        tokens_len=slots.tokens_len.at[where].add(emitted, mode="drop"),
+        computed_len=slots.computed_len.at[where].add(widths - rejected, mode="drop"),
+        sampling=commit_tokens(slots.sampling, where, sampled, emitted),
+    )
+    words = [emitted[:, None], drafted[:, None], sampled]
+    if logprobs is not None:
+        words.append(pack_logprobs(logprobs).reshape(R, -1))
+    return advanced, jnp.concatenate(words, axis=1)
+
+
+def prompt_scores(
+    params: Any,  # Model.head_params
+    slots: SlotState,
+    scratch: Scratch,
+    window: jax.Array,  # int32[3]: row of the plan, first of the row's tokens, that token's position
+    *,
+    model: Model,
+    config: RunnerConfig,
+    num_tokens: int,
+) -> jax.Array:
+    """int32[num_tokens, 2 + 2C]: log-probabilities of what follows num_tokens of a row's tokens in the prompt."""
+    row, offset, position = window
+    index = jnp.cumsum(slots.plan.widths)[row] - slots.plan.widths[row] + offset + jnp.arange(num_tokens)
+    targets = slots.tokens[
+        slots.plan.slots[row], jnp.minimum(position + 1 + jnp.arange(num_tokens), config.max_model_len - 1)
+    ]
+    scores = prompt_logprobs(
+        scratch.tokens[jnp.minimum(index, config.max_num_batched_tokens - 1)],
+        targets,
+        lambda rows: model.logits(params, rows),
+        vocab_size=config.vocab_size,
+        max_logprobs=config.limits.max_logprobs,
+    )
+    return pack_logprobs(scores)
+
+
+def pack_logprobs(scores: LogprobArrays) -> jax.Array:
+    """int32[M, 2 + 2C]: logprob bits, rank, candidate ids, candidate logprob bits."""
+    bits = jax.lax.bitcast_convert_type
+    return jnp.concatenate(
+        [
+            bits(scores.token_logprob, jnp.int32)[:, None],
+            scores.token_rank[:, None],
+            scores.top_ids,
+            bits(scores.top_logprobs, jnp.int32),
+        ],
+        axis=1,
+    )
