@@ -212,3 +212,13 @@ def test_a_sharded_vocabulary_gives_the_same_tokens():
     np.testing.assert_array_equal(got[0], want[0])
     np.testing.assert_array_equal(got[1].top_ids, want[1].top_ids)
     np.testing.assert_allclose(got[1].top_logprobs, want[1].top_logprobs, rtol=1e-5)
+
+
+def test_logprobs_are_of_the_raw_logits():
+    logits = logits_for(len(CASES))
+    ids, logprobs = run_cases(CASES, logits)
+    raw = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    chosen = raw[np.arange(len(CASES)), np.asarray(ids)]
+    np.testing.assert_allclose(logprobs.token_logprob, chosen, atol=1e-5)
+    np.testing.assert_array_equal(logprobs.token_rank, 1 + (raw > chosen[:, None]).sum(axis=1))
+    np.testing.assert_array_equal(logprobs.top_ids, np.argsort(-raw, axis=1)[:, :C])
