@@ -1,0 +1,127 @@
+"""The TPU kernel without a TPU: its numbers under ``interpret=True``, its memory accesses in the simulator.
+
+The whole contract is slow here (each case compiles an unrolled interpretation); the default run takes a sample of it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import FEATURES, AttentionContract, check, make_case, make_spec
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_paged_attention import tpu
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
+
+_attend = jax.jit(tpu.attend, static_argnums=3, static_argnames="interpret")
+_SIMULATOR = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+
+
+class Interpreted(AttentionContract):
+    base = {"block_size": 32, "num_heads": 2, "num_kv_heads": 1}
+
+    def attend(
+        self, q: jax.Array, pool: KVPool, batch: RaggedBatch, spec: AttentionSpec, sinks: object
+    ) -> jax.Array:  # [T, Hq, D]
+        return _attend(q, pool, batch, spec, sinks, interpret=True)
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        return tpu.supports(spec)
+
+    def kv_layout(self, spec: AttentionSpec) -> KVLayout:
+        return tpu.kv_layout(spec)
+
+
+@pytest.mark.slow
+class TestTpu(Interpreted):
+    pass
+
+
+class TestTpuSample:
+    """One case of each kind, small."""
+
+    impl = Interpreted()
+
+    def test_decode_around_block_edges_and_empty_rows(self) -> None:
+        spec = self.impl.spec()
+        self.impl.run([(1, 1), (31, 1), (0, 0), (32, 1), (33, 1), (229, 1), (0, 0)], spec, table_width=9)
+
+    @pytest.mark.parametrize("feature", ["everything", "fp8"])
+    def test_mixed(self, feature: str) -> None:
+        spec = self.impl.spec(**FEATURES[feature], num_heads=3)
+        self.impl.run([(9, 1), (131, 73), (32, 4), (0, 0), (192, 1), (33, 9)], spec)
+
+    def test_two_heads_of_256_and_a_few_tokens(self) -> None:
+        spec = self.impl.spec(head_dim=256, num_heads=2, num_kv_heads=2)
+        self.impl.run([(70, 2), (3, 3)], spec)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        ([(70, 1), (1, 1), (0, 0), (40, 1), (33, 1)], {"num_kv_heads": 2}),  # decode
+        ([(70, 1), (30, 9), (12, 12), (40, 3)], {"num_kv_heads": 1, "kv_dtype": "int8", "sliding_window": 20}),
+    ],
+    ids=["decode", "mixed_int8_window"],
+)
+def test_no_access_races_with_a_dma_or_reads_what_was_never_written(
+    rows: list[tuple[int, int]], changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Chunks of one block, so that tiny contexts have several of them.
+    monkeypatch.setattr(tpu, "_CHUNK_BYTES", 1 << 15)
+    spec = make_spec(block_size=32, num_heads=2, **changes)
+    jax.clear_caches()
+    check(partial(_attend, interpret=_SIMULATOR), make_case(spec, rows, layout=tpu.kv_layout(spec)))
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_the_simulator_finds_a_missing_wait() -> None:
+    """That the test above can fail."""
+
+    def kernel(x: Any, out: Any, buffer: Any, sem: Any) -> None:
+        copy = pltpu.make_async_copy(x, buffer, sem)
+        copy.start()
+        out[...] = buffer[...]
+        copy.wait()
+
+    x = jnp.ones((8, 128))
+    out = pl.pallas_call(
+        kernel,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=_SIMULATOR,
+    )(x)
+    assert interpret_pallas_call.races.races_found or np.isnan(np.asarray(out)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"block_size": 16}, "block_size 16"),
+        ({"head_dim": 512}, "head_dim 512"),
+        ({"num_heads": 17, "num_kv_heads": 1}, "17 query heads"),
+        ({"dtype": "float16"}, "dtype float16"),
+        ({"kv_dtype": "int4"}, "kv_dtype int4"),
+    ],
+)
+def test_a_refusal_names_what_is_not_supported(change: dict[str, object], named: str) -> None:
+    refusal = tpu.supports(make_spec(**{"block_size": 64, **change}))
+    assert refusal is not None and named in refusal
+
+
+def test_scratch_of_the_docstring() -> None:
+    """The VMEM that tpu.py's derivation states for Llama-3.1-8B."""
+    spec = make_spec(num_heads=32, num_kv_heads=8, head_dim=128, block_size=128, dtype="bfloat16", kv_dtype="bfloat16")
+    decode = tpu.call_shape(spec, 128, 256, tile=1, max_chunk=1024, num_cores=1)
+    prefill = tpu.call_shape(spec, 128, 256, tile=128, max_chunk=512, num_cores=1)
+    assert decode.chunk == prefill.chunk == 512
+    assert round(decode.vmem_bytes() / 2**20, 1) == 4.2
+    assert round(prefill.vmem_bytes() / 2**20) == 22
