@@ -157,7 +157,7 @@ def info(args: list[str]) -> int:
         sampling=False,
     )
     with open_llm(settings) as llm:
-        facts = {**llm.engine.info, "sampling_defaults": llm.engine.sampling_defaults}
+        facts = llm.engine.info
         if settings.command["json"]:
             print(json.dumps(facts, default=str))
         else:

@@ -214,7 +214,7 @@ class LLM:
     def _stream(self, checked: list[CheckedRequest]) -> Stream:
         submission = Submission(self.engine.core, self._codec, self._admit(checked), streaming=True)
         submission.submit()
-        return Stream(submission)
+        return Stream(submission, self)
 
 
 class Stream:
@@ -223,8 +223,9 @@ class Stream:
     Closing it (or leaving its ``with`` block, or dropping it) aborts the request.
     """
 
-    def __init__(self, submission: Submission):
+    def __init__(self, submission: Submission, owner: LLM):
         self._submission = submission
+        self._owner = owner  # an LLM that nobody holds would shut its engine down
         self._updates = submission.updates()
         self._finalizer = weakref.finalize(self, submission.abort)
 

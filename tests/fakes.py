@@ -1,7 +1,7 @@
 """Stand-ins for the expensive parts: a tokenizer with a byte a token, and an engine core without a model or jax.
 
-``FakeCore`` keeps ``EngineCore``'s contract (its own thread, events to a sink, idempotent ``finish``), so the tests of the
-fronts run on it in milliseconds.
+``FakeCore`` keeps ``EngineCore``'s contract (its own thread, events to a sink, idempotent ``finish``), so the tests of
+the fronts run on it in milliseconds.
 """
 
 from __future__ import annotations
@@ -274,6 +274,6 @@ def fake_engine(
         sampling_defaults=sampling_defaults or {},
         max_model_len=max_model_len,
         limits=limits,
-        info={"attention": "fake", "device": "none"},
+        info={"attention": "fake", "device": "none", "memory": {"blocks": 3}},
         config=EngineConfig(model="fake", max_model_len=max_model_len, limits=limits, **settings),
     )

@@ -236,6 +236,15 @@ def test_dropping_a_stream_aborts_its_request(make):
     until(lambda: core.num_running == 0)
 
 
+def test_a_stream_keeps_its_llm_alive():
+    stream = LLM.from_engine(fake_engine(FakeCore(step_seconds=0.001))).stream("x", SamplingParams(max_tokens=30))
+    assert list(stream)[-1].outputs[0].finish_reason == "length"
+    core = stream._owner.engine.core
+    del stream
+    with pytest.raises(EngineDeadError):
+        core.check_health()
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_ctrl_c_aborts_the_requests_and_leaves_the_engine_usable(make, streaming):
     core = FakeCore(step_seconds=0.001)
