@@ -7,6 +7,7 @@ fill it. ``None`` means "decided from the model and the machine"; ``jaxserve.eng
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -31,12 +32,38 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """Drafts that the target model verifies; the output is the same with and without (vLLM's names).
+
+    Attributes:
+        method: "ngram" looks drafts up in the choice's own prompt and output, on the device.
+        num_speculative_tokens: K, the longest draft.
+        prompt_lookup_min: shortest suffix that must have occurred before, in tokens.
+        prompt_lookup_max: longest suffix that is tried, first.
+        adaptive: drafts get shorter, and stop, where they don't pay (``jaxserve.scheduler.adaptive``).
+    """
+
+    method: Literal["ngram"] = "ngram"
+    num_speculative_tokens: int = 4
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 3
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method != "ngram":
+            raise ConfigError(f"speculative_config's method is {self.method!r}; allowed: 'ngram'")
+        _integer(self, "num_speculative_tokens", 1)
+        _integer(self, "prompt_lookup_min", 1)
+        _integer(self, "prompt_lookup_max", self.prompt_lookup_min)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that can be set on an engine.
 
     Attributes:
-        model: a directory (HF layout or Orbax), a ``.gguf`` file, a model config ``.toml`` (with ``load_format="dummy"``),
-            or a hub id that is in the local HF cache.
+        model: a directory (HF layout or Orbax), a ``.gguf`` file, a hub id that is in the local HF cache, or a model
+            config ``.toml`` (with ``load_format="dummy"``).
         tokenizer: where the tokenizer is, if not beside the model.
         dtype: of weights and activations; "auto" is float32 on CPU, bfloat16 on GPU and TPU.
         max_model_len: longest prompt + output, in tokens; None is the model's own.
@@ -47,6 +74,7 @@ class EngineConfig:
         kv_cache_memory_bytes: bytes for KV blocks, instead of what fits; on CPU None is 1 GiB.
         gpu_memory_utilization: share of the device's memory that the engine may use.
         kv_cache_dtype: "auto" is ``dtype``.
+        speculative_config: a SpeculativeConfig or a dict of its fields; None: no speculation.
         run_ahead: steps dispatched before the oldest result is read.
         default_max_tokens: for requests with ``max_tokens=None``; None is what the context leaves.
         max_output_tokens: ceiling that every request's max_tokens must respect; None is max_model_len - 1.
@@ -73,6 +101,7 @@ class EngineConfig:
     seed: int = 0
     attention_implementation: Implementation = "auto"
     scheduling_policy: Policy = "fcfs"
+    speculative_config: SpeculativeConfig | None = None
     run_ahead: int = 2
     default_max_tokens: int | None = None
     max_output_tokens: int | None = None
@@ -104,19 +133,30 @@ class EngineConfig:
             ("max_output_tokens", 1),
             ("run_ahead", 0),
         ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise ConfigError(f"{name} is {value!r}; allowed: an integer of at least {low}")
+            if getattr(self, name) is not None:
+                _integer(self, name, low)
+        if isinstance(self.speculative_config, Mapping):
+            object.__setattr__(self, "speculative_config", _from_dict(SpeculativeConfig, self.speculative_config))
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; allowed: a share in (0, 1]")
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> EngineConfig:
+    def from_dict(cls, settings: Mapping[str, Any]) -> EngineConfig:
         """Builds from a mapping; an unknown key is refused by name."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(settings) - known):
-            raise ConfigError(f"unknown engine setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        return cls(**settings)
+        return _from_dict(cls, settings)
+
+
+def _from_dict[T](cls: type[T], settings: Mapping[str, Any]) -> T:
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(settings) - known):
+        raise ConfigError(f"unknown setting {unknown[0]!r} of {cls.__name__}; known: {', '.join(sorted(known))}")
+    return cls(**settings)
+
+
+def _integer(owner: Any, name: str, low: int) -> None:
+    value = getattr(owner, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{name} is {value!r}; allowed: an integer of at least {low}")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

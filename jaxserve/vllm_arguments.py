@@ -54,7 +54,6 @@ LLM_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "runner": ("auto", "generate"),
     "served_model_name": (None,),
     "skip_tokenizer_init": (False,),
-    "speculative_config": (None,),
     "structured_outputs_config": (None,),
     "swap_space": (4, 0),
     "task": ("auto", "generate"),

@@ -5,6 +5,7 @@ Shape letters: T packed tokens, E model dim.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -62,9 +63,15 @@ class Llama(nnx.Module):
         layers = self.config.layers
         tables = rope_tables((layer.rope for layer in layers), positions, self.config.head_dim)
         x = self.embed(token_ids)  # [T, E]
+
+        @partial(jax.jit, static_argnums=(0, 1))
+        def run(alike: int, graph: nnx.GraphDef, weights: nnx.State, x: jax.Array, pool: KVPool):
+            # Equal layers are traced and lowered once; XLA inlines the calls.
+            return nnx.merge(graph, weights)(alike, x, tables[layers[alike].rope], pool, attend)
+
         pools = []
         for i, (layer, settings, pool) in enumerate(zip(self.layers, layers, kv, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, pool = layer(i, x, tables[settings.rope], pool, attend)
+                x, pool = run(layers.index(settings), *nnx.split(layer), x, pool)
             pools.append(pool)
         return x, tuple(pools)

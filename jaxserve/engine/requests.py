@@ -202,10 +202,12 @@ class RequestBuilder:
                 f"logit_bias has {len(params.logit_bias or ())} entries; allowed: at most {limits.max_logit_bias} "
                 "(the engine's limits.max_logit_bias)"
             )
-        if params.num_speculative_tokens:
+        drafts = self._config.speculative_config
+        most = drafts.num_speculative_tokens if drafts else 0
+        if (params.num_speculative_tokens or 0) > most:
             raise InvalidRequestError(
-                f"num_speculative_tokens is {params.num_speculative_tokens}; allowed: None or 0 "
-                "(the engine has no drafter)"
+                f"num_speculative_tokens is {params.num_speculative_tokens}; allowed: 0..{most} "
+                "(the engine's speculative_config), or None"
             )
 
     def _check_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -4,39 +4,36 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-DECODE_GROWTH = {"cpu": 2, "gpu": 2, "tpu": 2}
-SMALLEST_DECODE = {"cpu": 1, "gpu": 8, "tpu": 8}  # one row is slower than eight on Hopper; on CPU eight cost 3.5 rows
+# By platform: the smallest decode bucket, how many row buckets at most, and the step between mixed buckets. One row is
+# slower than eight on Hopper; on CPU eight rows cost 3.5 of one, and a compilation is slow.
+_SIZES = {"cpu": (1, 2, 8), "gpu": (8, 5, 4), "tpu": (8, 5, 4)}
 
 
-def row_buckets(max_num_seqs: int, platform: str, most: int = 5) -> tuple[int, ...]:
-    """Row counts from the platform's smallest decode bucket to ``max_num_seqs``, at most ``most`` of them.
+def row_buckets(max_num_seqs: int, platform: str) -> tuple[int, ...]:
+    """Row counts from the platform's smallest decode bucket to ``max_num_seqs``.
 
     The sizes double; where that gives too many, those just above the smallest go first: a padded row costs least there.
     """
+    size, most, _ = _SIZES[platform]
     sizes = [max_num_seqs]
-    smallest = SMALLEST_DECODE[platform]
-    size = smallest
     while size < max_num_seqs:
         sizes.append(size)
-        size *= DECODE_GROWTH[platform]
+        size *= 2
     sizes.sort()
     while len(sizes) > most:
         del sizes[1]
     return tuple(sizes)
 
 
-def token_buckets(
-    max_num_batched_tokens: int, rows: tuple[int, ...], *, growth: int = 4
-) -> tuple[tuple[int, int], ...]:
+def token_buckets(max_num_batched_tokens: int, rows: tuple[int, ...], platform: str) -> tuple[tuple[int, int], ...]:
     """(tokens, rows) pairs: decode buckets with a token a row, then mixed ones that hold any number of rows."""
-    buckets = [(size, size) for size in rows]
-    most_rows = rows[-1]
+    growth = _SIZES[platform][2]
     mixed = []
     size = max_num_batched_tokens
-    while size > most_rows:
-        mixed.append((size, most_rows))
+    while size > rows[-1]:
+        mixed.append((size, rows[-1]))
         size //= growth
-    return tuple(buckets + mixed[::-1])
+    return tuple([(size, size) for size in rows] + mixed[::-1])
 
 
 def pick_forward(buckets: tuple[tuple[int, int], ...], num_tokens: int, num_rows: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ class CompileGuard:
     ) -> None:
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
-    def _heard(self, event: str, duration: float, **_: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE_EVENT and threading.get_ident() == self._thread:
             self.num_compiles += 1
-            logger.warning("an executable was compiled while serving (%.2f s)", duration)
+            logger.warning("an executable was compiled while serving (%.2f s)", duration_secs)

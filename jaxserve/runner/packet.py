@@ -120,10 +120,10 @@ def pack_admissions(
         tokens[: len(admission.token_ids)] = admission.token_ids
         blocks = np.zeros(config.table_width, np.int32)
         blocks[: len(admission.block_ids)] = admission.block_ids
-        where = {
-            "slot": np.int32(admission.slot),
-            "tokens_len": np.int32(len(admission.token_ids)),
-            "computed_len": np.int32(admission.computed_len),
+        where: dict[str, np.ndarray] = {
+            "slot": np.array(admission.slot),
+            "tokens_len": np.array(len(admission.token_ids)),
+            "computed_len": np.array(admission.computed_len),
             "tokens": tokens,
             "blocks": blocks,
         }

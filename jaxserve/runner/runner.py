@@ -27,7 +27,8 @@ from jaxserve.sampling.host import host_row, row_spec
 from jaxserve.sampling.tier import Tier, tier_for
 from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
 
-_WARMUP_RUNS = 3  # XLA records a graph no earlier than the second run of an executable
+# XLA:GPU records a graph no earlier than the second run of an executable; elsewhere one run loads everything.
+_WARMUP_RUNS = {"gpu": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,8 @@ class Runner:
         packet[: self.config.max_num_seqs] = self.config.max_num_seqs
         packet[-3 * self.config.max_table_updates :: 3] = self.config.max_num_seqs
         nobody = pack_admissions([], [], self._fields, self.config, ADMISSION_ROWS)
-        for _ in range(_WARMUP_RUNS):
+        platform = self._attention.mesh.devices.flat[0].platform
+        for _ in range(_WARMUP_RUNS.get(platform, 1)):
             self._slots = executables.admit(self._slots, nobody)
             self._slots = executables.stage(self._slots, packet)
             for forward in executables.forward.values():
