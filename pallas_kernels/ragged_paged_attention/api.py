@@ -117,15 +117,23 @@ def ragged_paged_attention(
     return _jitted(implementation)(q, pool, batch, spec, sinks)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
 def write_kv(
     k: jax.Array,  # [T, Hk, D]
     v: jax.Array,  # [T, Hk, D]
     pool: KVPool,
     batch: RaggedBatch,
     spec: AttentionSpec,
+    implementation: Implementation = "xla",
 ) -> KVPool:
-    """Writes this step's keys and values (see kv_write.py), in place where the caller's jit donates the pool."""
+    """Writes this step's keys and values (see kv_write.py), in place where the caller's jit donates the pool.
+
+    Pass the ``implementation`` that attends: on TPU XLA's scatter isn't always in place, and a kernel writes.
+    """
+    if implementation == "pallas_tpu":
+        return importlib.import_module("pallas_kernels.ragged_paged_attention.tpu_write").write_kv(
+            k, v, pool, batch, spec
+        )
     return kv_write.write_kv(k, v, pool, batch, spec)
 
 

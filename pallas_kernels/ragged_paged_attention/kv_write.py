@@ -6,6 +6,8 @@ little more than the new rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,27 +25,49 @@ def write_kv(
 ) -> KVPool:
     """The pool with token t's key and value at (``token_block[t]``, ``token_offset[t]``).
 
-    Quantises to the pool's dtype: fp8 divides by the pool's scale per head (1.0 if it has none) and saturates, int8
-    scales each token and head by its largest magnitude and stores that scale. Tokens whose block is N or more write
-    nowhere. Offsets and blocks must not be negative. Two tokens of one step must not share a (block, offset).
+    Quantises as ``quantise`` says. Tokens whose block is N or more write nowhere. Offsets and blocks must not be
+    negative. Two tokens of one step must not share a (block, offset).
     """
-    new = jnp.stack([k, v], axis=1)  # [T, 2, Hk, D]
-    scales = pool.scales
-    index = (batch.token_block, slice(None), slice(None), batch.token_offset)
+    new, scale = quantise(k, v, pool, spec)
+    values = pool.values.at[slots(batch)].set(new.astype(pool.values.dtype), mode="drop", unique_indices=True)
+    return KVPool(values, write_scales(scale, pool, batch))
+
+
+def slots(batch: RaggedBatch) -> tuple[Any, ...]:
+    """Index of the tokens' slots in an array [N, 2, Hk, B, ...]; it selects [T, 2, Hk, ...]."""
+    return (batch.token_block, slice(None), slice(None), batch.token_offset)
+
+
+def quantise(
+    k: jax.Array,  # [T, Hk, D]
+    v: jax.Array,  # [T, Hk, D]
+    pool: KVPool,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array | None]:  # [T, 2, Hk, Ds], float32[T, 2, Hk] | None
+    """What is stored of keys and values, before the cast to the pool's dtype, padded to its storage dim; int8's scales.
+
+    fp8 divides by the pool's scale per head (1.0 if it has none) and saturates; int8 scales each token and head by its
+    largest magnitude and rounds to nearest.
+    """
+    new, scale = jnp.stack([k, v], axis=1), None
     if spec.kv_dtype == "int8":
-        assert scales is not None
         new = new.astype(jnp.float32)
-        scale = jnp.max(jnp.abs(new), axis=-1) / 127.0  # [T, 2, Hk]
+        scale = jnp.max(jnp.abs(new), axis=-1) / 127.0
         new = jnp.round(new / jnp.where(scale > 0, scale, 1.0)[..., None])
-        scales = scales.at[index].set(scale, mode="drop", unique_indices=True)
     elif spec.kv_dtype == "float8_e4m3fn":
         new = new.astype(jnp.float32)
-        if scales is not None:
-            new = new / scales[None, :, :, None]
+        if pool.scales is not None:
+            new = new / pool.scales[None, :, :, None]
         new = jnp.clip(new, -_FP8_MAX, _FP8_MAX)
-    new = new.astype(pool.values.dtype)
-    storage_dim = pool.values.shape[-1]
-    if storage_dim > spec.head_dim:
-        new = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, storage_dim - spec.head_dim)))
-    values = pool.values.at[index].set(new, mode="drop", unique_indices=True)
-    return KVPool(values, scales)
+    return jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, pool.values.shape[-1] - spec.head_dim))), scale
+
+
+def write_scales(
+    scale: jax.Array | None,  # float32[T, 2, Hk]
+    pool: KVPool,
+    batch: RaggedBatch,
+) -> jax.Array | None:
+    """The pool's scales with those of this step's tokens; only int8 has scales that change."""
+    if scale is None or pool.scales is None:
+        return pool.scales
+    return pool.scales.at[slots(batch)].set(scale, mode="drop", unique_indices=True)

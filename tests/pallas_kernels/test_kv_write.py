@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import make_spec
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_paged_attention import api
+from pallas_kernels.ragged_paged_attention import api, tpu_write
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
 
 _N, _B, _Hk, _D = 7, 16, 2, 64
@@ -80,6 +85,37 @@ def test_every_token_lands_in_its_slot_and_nowhere_else(kv_dtype: str, tolerance
         assert (np.asarray(out.scales).swapaxes(1, 3)[~written] == 1).all()
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn", "int8"])
+@pytest.mark.parametrize(
+    "interpret",
+    [True, pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")],
+    ids=["numbers", "simulator"],
+)
+def test_the_tpu_kernel_writes_what_the_scatter_writes(kv_dtype: str, interpret: Any) -> None:
+    """Runs within a segment, across segments and blocks, lone tokens, and padding in the middle and at the end."""
+    spec = make_spec(num_kv_heads=2, head_dim=64, block_size=64, kv_dtype=kv_dtype)
+    runs = [(3, 5, 1), (5, 28, 8), (6, 63, 1), (0, 0, 2), (_N, 0, 1), (2, 30, 34), (_N, 0, 3)]
+    slots = [(block, offset + i) for block, offset, length in runs for i in range(length)]
+    blocks, offsets = (jnp.asarray(column, jnp.int32) for column in zip(*slots, strict=True))
+    batch = dataclasses.replace(
+        _batch(), token_block=blocks, token_offset=offsets, context_lens=jnp.zeros(len(runs), jnp.int32)
+    )
+    rng = np.random.default_rng(1)
+    k, v = jnp.asarray(rng.standard_normal((2, len(slots), 2, 64)), jnp.float32)
+    pool = KVLayout(128).empty_pool(spec, _N)
+    pool = KVPool(jnp.asarray(rng.integers(-100, 100, pool.values.shape)).astype(kv_dtype), pool.scales)
+    expected = api.write_kv(k, v, pool, batch, spec)
+    written = jax.jit(tpu_write.write_kv, static_argnums=4, static_argnames="interpret")(
+        k, v, pool, batch, spec, interpret=interpret
+    )
+    assert jnp.array_equal(written.values.astype(jnp.float32), expected.values.astype(jnp.float32))
+    if kv_dtype != "bfloat16":
+        assert jnp.array_equal(written.scales, expected.scales)
+    if interpret is not True:
+        races = interpret_pallas_call.races
+        assert races is not None and not races.races_found
+
+
 def test_fp8_saturates_instead_of_turning_into_nan() -> None:
     spec = _spec("float8_e4m3fn")
     k, v = _new()
@@ -107,5 +143,6 @@ def test_a_donated_pool_is_written_in_place(kv_dtype: str) -> None:
         .compile()
     )
     memory = compiled.memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes >= pool.values.nbytes
     assert memory.temp_size_in_bytes < pool.values.nbytes // 20

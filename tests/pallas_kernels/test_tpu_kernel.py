@@ -79,6 +79,7 @@ def test_no_access_races_with_a_dma_or_reads_what_was_never_written(
     spec = make_spec(block_size=32, num_heads=2, **changes)
     jax.clear_caches()
     check(partial(_attend, interpret=_SIMULATOR), make_case(spec, rows, layout=tpu.kv_layout(spec)))
+    assert interpret_pallas_call.races is not None
     assert not interpret_pallas_call.races.races_found
 
 
@@ -99,7 +100,8 @@ def test_the_simulator_finds_a_missing_wait() -> None:
         scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
         interpret=_SIMULATOR,
     )(x)
-    assert interpret_pallas_call.races.races_found or np.isnan(np.asarray(out)).all()
+    races = interpret_pallas_call.races
+    assert (races is not None and races.races_found) or np.isnan(np.asarray(out)).all()
 
 
 @pytest.mark.parametrize(
@@ -124,4 +126,4 @@ def test_scratch_of_the_docstring() -> None:
     prefill = tpu.call_shape(spec, 128, 256, tile=128, max_chunk=512, num_cores=1)
     assert decode.chunk == prefill.chunk == 512
     assert round(decode.vmem_bytes() / 2**20, 1) == 4.2
-    assert round(prefill.vmem_bytes() / 2**20) == 22
+    assert round(prefill.vmem_bytes() / 2**20) == 18
