@@ -65,6 +65,7 @@ class EngineConfig:
         model: a directory (HF layout or Orbax), a ``.gguf`` file, a hub id that is in the local HF cache, or a model
             config ``.toml`` (with ``load_format="dummy"``).
         tokenizer: where the tokenizer is, if not beside the model.
+        skip_tokenizer_init: run without a tokenizer: prompts are token ids, and requests set detokenize=False.
         dtype: of weights and activations; "auto" is float32 on CPU, bfloat16 on GPU and TPU.
         max_model_len: longest prompt + output, in tokens; None is the model's own.
         max_num_seqs: choices that run at once; None is 256 on GPU and TPU, 8 on CPU.
@@ -86,6 +87,7 @@ class EngineConfig:
 
     model: str
     tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
     dtype: DType = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None

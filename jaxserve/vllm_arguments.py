@@ -53,7 +53,6 @@ LLM_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "revision": (None,),
     "runner": ("auto", "generate"),
     "served_model_name": (None,),
-    "skip_tokenizer_init": (False,),
     "structured_outputs_config": (None,),
     "swap_space": (4, 0),
     "task": ("auto", "generate"),

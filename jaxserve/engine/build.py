@@ -33,7 +33,7 @@ from jaxserve.scheduler.config import SchedulerConfig
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.load import load_params
-from jaxserve.weights.tokenizer import load_tokenizer
+from jaxserve.weights.tokenizer import eos_token_ids, load_tokenizer
 from pallas_kernels.ragged_paged_attention.api import (
     IMPLEMENTATIONS,
     Selection,
@@ -80,7 +80,8 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     began = time.perf_counter()
     _share_of_memory(config)
     checkpoint = open_checkpoint(config.model, config.load_format)
-    tokenizer = load_tokenizer(checkpoint, config.tokenizer)
+    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(checkpoint, config.tokenizer)
+    eos = checkpoint.eos_token_ids if tokenizer is None else eos_token_ids(checkpoint, tokenizer)
     if config.compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     platform = _platform()
@@ -109,11 +110,11 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         config=config,
         model_config=checkpoint.config,
         tokenizer=tokenizer,
-        eos_token_ids=checkpoint.eos_token_ids,
+        eos_token_ids=eos,
         sampling_defaults=checkpoint.sampling_defaults,
         max_model_len=_known(config.max_model_len),
         limits=config.limits,
-        info=_info(config, checkpoint, mesh, selection, memory, runner, seconds),
+        info=_info(config, checkpoint, eos, mesh, selection, memory, runner, seconds),
     )
     logger.info("%s; %s", selection.explanation, memory.describe()["kv cache"])
     return engine
@@ -276,6 +277,7 @@ def _adaptive(config: EngineConfig, platform: str) -> AdaptiveDrafts | None:
 def _info(
     config: EngineConfig,
     checkpoint: Checkpoint,
+    eos: tuple[int, ...],
     mesh: Mesh,
     selection: Selection,
     memory: MemoryPlan,
@@ -296,7 +298,7 @@ def _info(
         "block_size": config.block_size,
         "executables": _known(runner.executables).num_executables,
         "start-up seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "EOS token ids": list(checkpoint.eos_token_ids),
+        "EOS token ids": list(eos),
         "generation defaults": dict(checkpoint.sampling_defaults) or "SamplingParams()",
     }
 

@@ -82,6 +82,8 @@ class RequestBuilder:
         elif not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"sampling_params is a {type(params).__name__}; allowed: SamplingParams")
         params = self._check_lengths(params, len(token_ids), room)
+        if params.detokenize and self._codec.tokenizer is None:
+            raise InvalidRequestError("detokenize is True; allowed: False, as the engine has no tokenizer")
         self._check_ids(params)
         self._check_caps(params)
         priority = params.priority if priority is None else priority

@@ -6,12 +6,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from jaxserve.errors import InvalidRequestError
+
 
 class Codec:
     """Text to ids and back, safe from several threads.
 
     ``tokenizer`` is a transformers fast tokenizer, or anything with its ``encode``, ``decode`` and special-token
-    attributes.
+    attributes; or None (``skip_tokenizer_init``), and then nothing can be encoded or decoded.
     """
 
     def __init__(self, tokenizer: Any):
@@ -21,6 +23,8 @@ class Codec:
         self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if self.tokenizer is None:
+            raise InvalidRequestError("the engine has no tokenizer (skip_tokenizer_init); pass token ids, not text")
         with self._lock:
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
@@ -30,8 +34,10 @@ class Codec:
             return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token alone (U+FFFD where it is part of a character)."""
+    def token_text(self, token_id: int) -> str | None:
+        """The text of one token alone (U+FFFD where it is part of a character); None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
         text = self._token_texts.get(token_id)
         if text is None:
             text = self._token_texts[token_id] = self.decode((token_id,))
