@@ -6,8 +6,9 @@ given by ``--config``, the flags. Engine settings are a file's top level, sampli
 
 from __future__ import annotations
 
+import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Annotated, Any
 
@@ -29,7 +30,9 @@ FLAG_TYPES: dict[str, Any] = {
     "stop_token_ids": tuple[int, ...],
     "allowed_token_ids": tuple[int, ...],
     "logit_bias": dict[int, float],
+    "speculative_config": str | None,  # JSON, as in vLLM
 }
+SPECULATIVE_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4}'
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Settings:
     sampling: dict[str, Any]
     command: dict[str, Any]
 
-    def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Sampling settings over the model's defaults; without a max_tokens the engine's default counts."""
-        return SamplingParams.from_dict({"max_tokens": None} | defaults | self.sampling)
+        return SamplingParams.from_dict({"max_tokens": None, **defaults, **self.sampling})
 
 
 def parse(
@@ -71,6 +74,7 @@ def parse(
     flags = make_dataclass("Flags", [f for f in spec if len(f) == 2] + [f for f in spec if len(f) == 3], kw_only=True)
     parsed = vars(tyro.cli(flags, args=list(args), prog=prog, description=description, config=(_append,)))
     engine = {f.name: parsed[RENAMED.get(f.name, f.name)] for f in fields(EngineConfig)}
+    engine["speculative_config"] = _speculative(engine["speculative_config"], file_engine)
     asked = {}
     if sampling:
         given = {f.name: parsed[f.name] for f in fields(SamplingParams) if f.name not in NOT_FLAGS}
@@ -116,9 +120,9 @@ def _engine_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
     hints, helps = typing.get_type_hints(EngineConfig), _helps(EngineConfig)
     spec: list[tuple[Any, ...]] = []
     for f in fields(EngineConfig):
-        kind = _described(hints[f.name], helps.get(f.name, "").replace("``", ""))
+        kind = _described(FLAG_TYPES.get(f.name, hints[f.name]), helps.get(f.name, "").replace("``", ""))
         name = RENAMED.get(f.name, f.name)
-        default = file.get(f.name, f.default)
+        default = f.default if f.name == "speculative_config" else file.get(f.name, f.default)
         spec.append((name, kind) if default is MISSING else (name, kind, field(default=default)))
     return spec
 
@@ -141,6 +145,19 @@ def _sampling_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
         else:
             spec.append((f.name, _described(hints[f.name] | None, about), None))
     return spec
+
+
+def _speculative(flag: str | None, file: Mapping[str, Any]) -> Any:
+    """The fields of a SpeculativeConfig: the flag's JSON, or the file's table."""
+    if flag is None:
+        return file.get("speculative_config")
+    try:
+        settings = json.loads(flag)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"speculative_config is {flag!r}, which isn't JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"speculative_config is {flag!r}; allowed: a JSON object, such as {SPECULATIVE_EXAMPLE}")
+    return settings
 
 
 def _described(kind: Any, text: str) -> Any:

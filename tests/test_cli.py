@@ -78,6 +78,21 @@ def test_every_engine_setting_is_a_flag_with_the_dataclass_default():
     assert settings.sampling_params({}) == SamplingParams(max_tokens=None)
 
 
+def test_speculation_is_json_on_the_command_line_and_a_table_in_a_file(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[speculative_config]\nnum_speculative_tokens = 3\n")
+    args = ["--model", "m", "--config", str(file)]
+    assert cli_flags.parse("p", "", args, []).engine.speculative_config.num_speculative_tokens == 3
+    args += ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 5}']
+    assert cli_flags.parse("p", "", args, []).engine.speculative_config.num_speculative_tokens == 5
+
+
+@pytest.mark.parametrize("text", ["{", "3", '{"method": "magic"}', '{"colour": 1}'])
+def test_wrong_speculation_is_refused(text):
+    with pytest.raises(ConfigError, match="speculative_config|SpeculativeConfig"):
+        cli_flags.parse("p", "", ["--model", "m", "--speculative-config", text], [])
+
+
 def test_limits_are_flags():
     settings = cli_flags.parse("p", "", ["--model", "m", "--limits.max-logprobs", "5"], [])
     assert settings.engine.limits.max_logprobs == 5
@@ -117,7 +132,7 @@ def test_bench_ends_with_a_json_line(engine, capsys):
 def test_info_prints_what_the_engine_decided(engine, capsys):
     assert cli.main(["info", "--model", "m"]) == 0
     out = capsys.readouterr().out
-    assert "attention: fake" in out and "sampling_defaults:\n  temperature: 0.6" in out
+    assert "attention: fake" in out and "memory:\n  blocks: 3" in out
     assert cli.main(["info", "--model", "m", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["attention"] == "fake"
 

@@ -65,6 +65,8 @@ def render_chat(
     if taken := [name for name in RESERVED if name in extra]:
         raise InvalidRequestError(f"chat_template_kwargs holds {taken[0]!r}; allowed: other variables of the template")
     tokenizer = codec.tokenizer
+    if tokenizer is None:
+        raise InvalidRequestError("the engine has no tokenizer (skip_tokenizer_init); use generate with token ids")
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise InvalidRequestError("the model has no chat template; pass chat_template, or use generate with a prompt")
     try:

@@ -120,6 +120,24 @@ def test_without_detokenize_there_is_no_text(make):
     assert len(output.outputs[0].token_ids) == 5
 
 
+def test_without_a_tokenizer_ids_come_and_go():
+    engine = fake_engine()
+    engine.tokenizer = None
+    with LLM.from_engine(engine) as llm:
+        params = SamplingParams(max_tokens=3, detokenize=False, logprobs=1)
+        (output,) = generate(llm, [1, 2], params)
+        assert len(output.outputs[0].token_ids) == 3 and output.outputs[0].text == ""
+        assert {entry.decoded_token for row in output.outputs[0].logprobs for entry in row.values()} == {None}
+        with pytest.raises(InvalidRequestError, match="no tokenizer"):
+            generate(llm, "hello", params)
+        with pytest.raises(InvalidRequestError, match="detokenize is True"):
+            generate(llm, [1, 2], SamplingParams())
+        with pytest.raises(InvalidRequestError, match="no tokenizer"):
+            generate(llm, [1, 2], params.with_changes(bad_words=["x"]))
+        with pytest.raises(InvalidRequestError, match="no tokenizer"):
+            llm.chat([{"role": "user", "content": "hi"}])
+
+
 def test_n_choices_differ_and_come_by_index(make):
     (output,) = generate(make(), "x", SamplingParams(n=4, max_tokens=8))
     assert [c.index for c in output.outputs] == [0, 1, 2, 3]
