@@ -29,19 +29,20 @@ def truncate(
     min_p: jax.Array,  # float32[M], 0 is off
 ) -> jax.Array:
     """float32[M, V] with -inf at every id that isn't kept."""
-    highest = jnp.max(logits, axis=1, keepdims=True)
+    highest = jnp.max(logits, axis=1)
     highest = jnp.where(jnp.isfinite(highest), highest, 0.0)  # a row with every id masked
-    scaled = (logits - highest) / jnp.maximum(temperature, _COLDEST)[:, None]  # [M, V], at most 0
+    temperature = jnp.maximum(temperature, _COLDEST)
+    scaled = (logits - highest[:, None]) / temperature[:, None]  # at most 0
     keys = jnp.where(scaled >= jnp.log(min_p)[:, None], _ordered_bits(logits), np.uint32(0))
 
     wanted = jnp.where(top_k > 0, top_k, np.int32(2**31 - 1))
     kth = _threshold(keys, wanted, None)
     keys = jnp.where(keys >= kth[:, None], keys, np.uint32(0))
 
-    mass = jnp.where(keys > 0, jnp.exp(scaled), 0.0)  # [M, V]
-    wanted_mass = jnp.where(top_p < 1.0, top_p * jnp.sum(mass, axis=1), jnp.inf)
-    nucleus = _threshold(keys, wanted_mass, mass)
-    return jnp.where((keys > 0) & (keys >= nucleus[:, None]), logits, -jnp.inf)
+    scale = (highest, temperature)
+    wanted_mass = jnp.where(top_p < 1.0, top_p * jnp.sum(_mass(keys, *scale), axis=1), jnp.inf)
+    nucleus = _threshold(keys, wanted_mass, scale)
+    return jnp.where(keys >= jnp.maximum(nucleus, 1)[:, None], _from_ordered_bits(keys), -jnp.inf)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -51,15 +52,33 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
+def _from_ordered_bits(keys: jax.Array) -> jax.Array:
+    """float32: the inverse of ``_ordered_bits``; 0 gives NaN."""
+    sign = np.uint32(0x80000000)
+    return jax.lax.bitcast_convert_type(jnp.where(keys >= sign, keys ^ sign, ~keys), jnp.float32)
+
+
+def _mass(
+    keys: jax.Array,  # uint32[M, ...]
+    highest: jax.Array,  # float32[M]
+    temperature: jax.Array,  # float32[M]
+) -> jax.Array:
+    """float32[M, ...]: probabilities relative to the row's largest; each pass computes them anew, to read less."""
+    shape = (-1, *[1] * (keys.ndim - 1))
+    scaled = (_from_ordered_bits(keys) - highest.reshape(shape)) / temperature.reshape(shape)
+    return jnp.where(keys > 0, jnp.exp(scaled), 0.0)
+
+
 def _threshold(
     keys: jax.Array,  # uint32[M, V]
     wanted: jax.Array,  # int32[M] ids, or float32[M] of mass
-    mass: jax.Array | None,  # float32[M, V]; None counts ids
+    scale: tuple[jax.Array, jax.Array] | None,  # highest and temperature, float32[M] each; None counts ids
 ) -> jax.Array:
     """uint32[M]: the largest t for which the ids with ``keys >= t`` weigh ``wanted`` or more; 0 where none does."""
-    operands = (keys, wanted) if mass is None else (keys, wanted, mass)
     return jax.lax.platform_dependent(
-        *operands,
+        keys,
+        wanted,
+        scale,
         cpu=functools.partial(descend, digit_bits=1, unroll=False),  # bound by arithmetic, and by compile time
         default=functools.partial(descend, digit_bits=3, unroll=True),  # by memory; a loop would break CUDA graphs
     )
@@ -68,7 +87,7 @@ def _threshold(
 def descend(
     keys: jax.Array,  # uint32[M, V]
     wanted: jax.Array,  # int32[M] or float32[M]
-    mass: jax.Array | None = None,  # float32[M, V]
+    scale: tuple[jax.Array, jax.Array] | None,
     *,
     digit_bits: int,
     unroll: bool,
@@ -79,13 +98,12 @@ def descend(
     compiler fuses (on GPU at most eight). Each is over parts of the row first: one row alone can't occupy a GPU.
     """
     keys = _in_parts(keys)
-    mass = None if mass is None else _in_parts(mass)
 
     def weigh(bound: jax.Array) -> jax.Array:
         kept = keys >= bound[:, None, None]
-        if mass is None:
+        if scale is None:
             return jnp.sum(kept, axis=2, dtype=jnp.int32)
-        return jnp.sum(jnp.where(kept, mass, 0.0), axis=2)
+        return jnp.sum(jnp.where(kept, _mass(keys, *scale), 0.0), axis=2)
 
     def one_pass(step: jax.Array | int, threshold: jax.Array) -> jax.Array:
         shift = jnp.uint32(digit_bits) * (jnp.uint32(num_passes - 1) - jnp.uint32(step))

@@ -1,6 +1,7 @@
 """The sampler as a whole: processors, tiers, distribution, padding, sharding."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -108,6 +109,22 @@ def test_sampled_distribution_is_the_exact_target():
         assert chi2 < dof + 3.1 * np.sqrt(2 * dof) + 4, (chi2, dof)  # about 1e-3
 
 
+def test_the_draw_is_the_documented_function_of_seed_choice_and_position():
+    K = 2
+    cases = [
+        Case(SamplingParams(temperature=t), [1] * p, [2] * g, seed=s, index=i)
+        for s, i, p, g, t in [(3, 0, 1, 0, 1.0), (3, 1, 1, 0, 1.0), (4, 0, 2, 5, 0.5), (4, 0, 3, 5, 2.0)]
+    ]
+    logits = np.tile(logits_for(1), (len(cases) * (K + 1), 1))
+    ids, _ = run_cases(cases, logits, drafts=np.full((len(cases), K), 9, np.int32), tier=Tier.PLAIN)
+    for m, got in enumerate(np.asarray(ids)):
+        case, j = cases[m // (K + 1)], m % (K + 1)
+        key = jax.random.wrap_key_data(np.array([0, case.seed], np.uint32))
+        key = jax.random.fold_in(jax.random.fold_in(key, case.index), len(case.output) + j)
+        uniform = (np.asarray(jax.random.bits(key, (V,))).astype(np.float64) + 0.5) * 2.0**-32
+        assert got == np.argmax(logits[m] - case.params.temperature * np.log(-np.log1p(-uniform)))
+
+
 def test_every_tier_gives_the_same_token_where_it_suffices():
     truncated = [Case(SamplingParams(temperature=0.6, top_k=4), [1], [2], seed=s) for s in range(8)] + [
         Case(SamplingParams(top_p=0.5, min_p=0.05), [1], [2], seed=s) for s in range(8)
@@ -205,7 +222,7 @@ def test_a_sharded_vocabulary_gives_the_same_tokens():
     logits = np.repeat(logits, 3, axis=0)
     state = state_of(CASES, 64)
     want = run(logits, state, np.arange(len(CASES)), tokens, lengths, drafts)
-    placed = jax.device_put(state, whole)
+    placed = replace(jax.device_put(state, whole), output_counts=jax.device_put(state.output_counts, split))
     got = run(
         jax.device_put(logits, split), placed, *jax.device_put((np.arange(len(CASES)), tokens, lengths, drafts), whole)
     )

@@ -103,19 +103,36 @@ def test_a_row_of_masked_ids_gives_no_nan():
     assert not np.isnan(np.asarray(out)).any()
 
 
-@pytest.mark.parametrize(("digit_bits", "unroll"), [(1, False), (3, True), (5, False)])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_every_way_to_descend_finds_the_same_threshold(digit_bits, unroll, weighted):
+WAYS = [(1, False), (3, True), (5, False)]
+
+
+@pytest.mark.parametrize(("digit_bits", "unroll"), WAYS)
+def test_every_way_to_descend_counts_alike(digit_bits, unroll):
     rng = np.random.default_rng(2)
     keys = rng.integers(0, 2**32, (5, 101), dtype=np.uint32)
-    keys[:, ::7] = keys[:, 1::7][:, : keys[:, ::7].shape[1]]  # ties
+    keys[:, 0:98:7] = keys[:, 1:99:7]  # ties
     keys[0, 3], keys[1, 4] = 2**32 - 1, 0
-    mass = rng.integers(1, 9, (5, 101)).astype(np.float32)  # exact sums
-    wanted = np.array([1, 2, 50, 101, 2**20], np.int32)
-    found = jax.jit(functools.partial(descend, digit_bits=digit_bits, unroll=unroll))(
-        keys, wanted.astype(np.float32) if weighted else wanted, mass if weighted else None
-    )
+    wanted = np.array([1, 2, 50, 101, 102], np.int32)
+    found = jax.jit(functools.partial(descend, digit_bits=digit_bits, unroll=unroll))(keys, wanted, None)
     for r in range(5):
-        weights = mass[r] if weighted else np.ones(101)
-        fits = [int(t) for t in keys[r] if weights[keys[r] >= t].sum() >= wanted[r]]
+        fits = [int(t) for t in keys[r] if (keys[r] >= t).sum() >= wanted[r]]
         assert int(found[r]) == max(fits, default=0)
+
+
+@pytest.mark.parametrize(("digit_bits", "unroll"), WAYS)
+def test_every_way_to_descend_weighs_alike(digit_bits, unroll):
+    rng = np.random.default_rng(3)
+    logits = np.sort(rng.normal(0, 2, (6, 101)).astype(np.float32), axis=1)[:, ::-1]
+    temperature = np.array([0.5, 1, 2, 3, 1, 1], np.float32)
+    mass = np.exp((logits.astype(np.float64) - logits[:, :1]) / temperature[:, None]).cumsum(axis=1)
+    last = np.array([0, 1, 7, 50, 100, 101])  # the column that completes what is wanted; 101: nothing does
+    ends = np.concatenate([np.zeros((6, 1)), mass, mass[:, -1:] + 1], axis=1)
+    wanted = (ends[np.arange(6), last] + ends[np.arange(6), last + 1]) / 2
+    bits = logits.view(np.uint32).astype(np.int64)
+    keys = np.where(logits < 0, 2**32 - 1 - bits, bits + 2**31).astype(np.uint32)
+    shuffle = rng.permutation(101)
+    found = jax.jit(functools.partial(descend, digit_bits=digit_bits, unroll=unroll))(
+        keys[:, shuffle], wanted.astype(np.float32), (logits[:, 0], temperature)
+    )
+    np.testing.assert_array_equal(found[:5], keys[np.arange(5), last[:5]])
+    assert int(found[5]) == 0
