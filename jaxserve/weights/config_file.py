@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -50,6 +49,7 @@ def read_model_toml(path: Path) -> ModelConfig:
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """A JSON object that ``config_from_json`` turns back into an equal ``ModelConfig``."""
     settings = asdict(config)
+    settings["layers"] = list(settings["layers"])
     for layer, written in zip(config.layers, settings["layers"], strict=True):
         scaling = layer.rope.scaling
         if scaling is not None:
@@ -94,7 +94,7 @@ def _model(settings: dict[str, Any], layers: tuple[LayerConfig, ...], where: str
             f"{where!r} has {len(layers)} layers, {values['num_heads']} query heads and {values['num_kv_heads']} KV "
             "heads; expected at least one layer, and query heads a multiple of KV heads"
         )
-    values.setdefault("attention_scale", 1.0 / math.sqrt(values["head_dim"]))
+    values.setdefault("attention_scale", values["head_dim"] ** -0.5)
     return ModelConfig(layers=layers, **values)
 
 

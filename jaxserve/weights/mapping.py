@@ -121,11 +121,8 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         raise CheckpointError(f"the tensors of {where!r} don't match its config ({'; '.join(problems)})")
 
 
-def fuse(param: Param, tensors: Sequence[Array], config: ModelConfig) -> Array:
-    """The canonical parameter, from ``tensors`` in the order of ``param.sources``. Traced under jit."""
-    if param.fused:
-        return tensors[0]
-    kind = param.kind
+def fuse(kind: Kind, tensors: Sequence[Array], config: ModelConfig) -> Array:
+    """The canonical parameter, from ``tensors`` in the order of ``Param.sources``. Traced under jit."""
     E, Hq, Hk, D = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
     G = Hq // Hk
     if kind == "qkv":
@@ -158,18 +155,18 @@ def fitted_shape(param: Param, shape: tuple[int, ...]) -> bool:
     return shape == own
 
 
-def fit(param: Param, value: Array, shape: tuple[int, ...]) -> Array:
+def fit(kind: Kind, value: Array, shape: tuple[int, ...]) -> Array:
     """Pads the vocabulary with zero rows, or copies every KV head, so that ``value`` has ``shape``. Traced under jit.
 
     With ``c`` copies, KV head ``hk`` becomes heads ``hk*c .. hk*c+c-1``, which share its query heads in order.
     """
     if value.shape == shape:
         return value
-    if param.kind == "vocab":
+    if kind == "vocab":
         return jnp.pad(value, ((0, shape[0] - value.shape[0]), (0, 0)))
-    if param.kind == "o":
+    if kind == "o":
         return value.reshape(shape)
-    at = 1 if param.kind == "qkv" else 0
+    at = 1 if kind == "qkv" else 0
     copies = shape[at] // value.shape[at]
     queries, keys_values = jnp.split(value, [value.shape[at + 1] - 2], axis=at + 1)
     queries = queries.reshape(*shape[: at + 1], shape[at + 1] - 2, shape[at + 2])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from jax import Array
 
 from jaxserve.errors import CheckpointError
 
@@ -24,11 +25,13 @@ class TensorSource(Protocol):
     """
 
     fused: bool
-    shapes: Mapping[str, tuple[int, ...]]
     dtype: str
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in host memory, floating point, not shared with the file."""
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> np.ndarray | Array:
+        """One tensor, floating point, not shared with the file; in host memory unless it is made on the device."""
 
     def label(self, name: str) -> str:
         """What the file itself calls tensor ``name``, for error messages."""
