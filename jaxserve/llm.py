@@ -163,6 +163,10 @@ class LLM:
         )
         return self._stream(self._check([prompt], sampling_params, priority))
 
+    def reset_prefix_cache(self) -> int:
+        """Forgets the cached prefixes that no running choice holds; returns how many blocks they were."""
+        return self.engine.core.call(lambda scheduler: scheduler.clear_prefix_cache())
+
     def get_tokenizer(self) -> Any:
         """The tokenizer, as transformers knows it."""
         return self.engine.tokenizer

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +56,7 @@ class EngineCore:
         check_invariants: check the scheduler after every step (tests); otherwise only when it falls idle.
 
     Attributes:
+        scheduler, runner: as given; only the core's thread may use them once it is started.
         heartbeat: ``time.monotonic()`` of the loop's last turn.
     """
 
@@ -68,8 +70,8 @@ class EngineCore:
         check_invariants: bool = False,
     ) -> None:
         self.heartbeat = time.monotonic()
-        self._scheduler = scheduler
-        self._runner = runner
+        self.scheduler = scheduler
+        self.runner = runner
         self._watchdog_seconds = watchdog_seconds
         self._strict_compile = strict_compile
         self._check_invariants = check_invariants
@@ -109,7 +111,10 @@ class EngineCore:
 
         Raises:
             EngineDeadError: the engine failed or was shut down.
+            InvalidRequestError: one of them could never run to its end here; none was queued.
         """
+        for choice in choices:
+            self.scheduler.validate(choice)  # looks at settings only; what fails on the core's thread kills the engine
         with self._lock:
             self._raise_if_dead()
             for choice in choices:
@@ -123,12 +128,22 @@ class EngineCore:
             self._inbox.append(_Finish(choice_id, reason, stop_reason))
             self._lock.notify_all()
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Runs ``function`` on the core's thread, between two steps."""
+    def call[T](self, function: Callable[[Scheduler], T]) -> T:
+        """Runs ``function`` on the core's thread, between two steps; waits for it and returns what it returns.
+
+        Raises:
+            EngineDeadError: the engine failed, was shut down, or dies while this waits.
+        """
+        answer: Future[T] = Future()
         with self._lock:
             self._raise_if_dead()
-            self._inbox.append(function)
+            self._inbox.append(lambda: answer.set_result(function(self.scheduler)))
             self._lock.notify_all()
+        while True:
+            try:
+                return answer.result(timeout=_IDLE_CHECK_SECONDS)
+            except TimeoutError:
+                self.check_health()
 
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine failed or was shut down."""
@@ -138,9 +153,9 @@ class EngineCore:
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and what runs and waits now."""
         return {
-            **self._scheduler.stats.as_dict(),
-            "num_running": self._scheduler.num_running,
-            "num_waiting": self._scheduler.num_waiting,
+            **self.scheduler.stats.as_dict(),
+            "num_running": self.scheduler.num_running,
+            "num_waiting": self.scheduler.num_waiting,
             "num_compiles_while_serving": self._guard.num_compiles,
         }
 
@@ -163,13 +178,13 @@ class EngineCore:
         """One turn: plan and dispatch a step if one can be planned; then, or else, commit the oldest one."""
         self.heartbeat = time.monotonic()
         self._expire()
-        plan = self._scheduler.schedule()
+        plan = self.scheduler.schedule()
         if plan is not None:
-            self._in_flight.append((plan, self._runner.dispatch(plan)))
-        if plan is None or len(self._in_flight) > self._scheduler.config.run_ahead:
+            self._in_flight.append((plan, self.runner.dispatch(plan)))
+        if plan is None or len(self._in_flight) > self.scheduler.config.run_ahead:
             self._commit_oldest()
         if self._check_invariants:
-            self._scheduler.check_invariants()
+            self.scheduler.check_invariants()
         if self._strict_compile and self._guard.num_compiles:
             raise CompileAfterWarmupError("an executable was compiled while serving; strict_compile forbids it")
 
@@ -177,9 +192,9 @@ class EngineCore:
         if not self._in_flight:
             return
         plan, step = self._in_flight.popleft()
-        result = self._runner.fetch(step)
+        result = self.runner.fetch(step)
         self.heartbeat = time.monotonic()
-        for commit in self._scheduler.commit(plan, result):
+        for commit in self.scheduler.commit(plan, result):
             self._emit(commit, result)
 
     def _emit(self, commit: Commit, result: StepResult | None) -> None:
@@ -210,23 +225,24 @@ class EngineCore:
         )
 
     def _send(self, event: ChoiceEvent) -> None:
-        sink = self._sinks.get(event.choice_id)
-        if sink is None:
-            return
-        if event.finish_reason is not None:
-            del self._sinks[event.choice_id]
-        sink(event)
+        with self._lock:  # the watchdog may be telling everybody that the engine is dead
+            if event.finish_reason is None:
+                sink = self._sinks.get(event.choice_id)
+            else:
+                sink = self._sinks.pop(event.choice_id, None)
+        if sink is not None:
+            sink(event)
 
     def _expire(self) -> None:
-        for commit in self._scheduler.expire(self.heartbeat):
+        for commit in self.scheduler.expire(self.heartbeat):
             self._emit(commit, None)
 
     def _take_inbox(self) -> bool:
         """Applies what other threads asked for; waits while there is nothing to do. False: stop."""
         with self._lock:
-            self._busy = self._scheduler.has_work or bool(self._in_flight)
+            self._busy = self.scheduler.has_work or bool(self._in_flight)
             if not self._busy and not self._inbox and not self._stopping:
-                self._scheduler.check_invariants()
+                self.scheduler.check_invariants()
                 while not self._inbox and not self._stopping:
                     self._lock.wait(_IDLE_CHECK_SECONDS)
                     self.heartbeat = time.monotonic()
@@ -236,7 +252,7 @@ class EngineCore:
             stopping = self._stopping
         for item in items:
             if isinstance(item, Choice):
-                self._scheduler.add(item)
+                self.scheduler.add(item)
             elif isinstance(item, _Finish):
                 self._finish(item)
             else:
@@ -244,8 +260,8 @@ class EngineCore:
         return not stopping
 
     def _finish(self, item: _Finish) -> None:
-        choice = self._scheduler.choices.get(item.choice_id)
-        if choice is not None and self._scheduler.finish(choice, item.reason, item.stop_reason):
+        choice = self.scheduler.choices.get(item.choice_id)
+        if choice is not None and self.scheduler.finish(choice, item.reason, item.stop_reason):
             self._emit(Commit(choice, -1, [], item.reason, item.stop_reason), None)
 
     # -- the end
@@ -260,20 +276,22 @@ class EngineCore:
             self._lock.notify_all()
         now = time.monotonic()
         for choice_id, sink in sinks.items():
-            sink(
-                ChoiceEvent(
-                    choice_id=choice_id,
-                    index=0,
-                    token_ids=(),
-                    logprobs=None,
-                    prompt_logprobs=None,
-                    finish_reason="error",
-                    stop_reason=None,
-                    num_cached_tokens=0,
-                    error=self._error,
-                    time=now,
-                )
+            event = ChoiceEvent(
+                choice_id=choice_id,
+                index=0,
+                token_ids=(),
+                logprobs=None,
+                prompt_logprobs=None,
+                finish_reason="error",
+                stop_reason=None,
+                num_cached_tokens=0,
+                error=self._error,
+                time=now,
             )
+            try:
+                sink(event)
+            except Exception:  # one caller's trouble must not keep the news from the others
+                logger.exception("choice %d can't be told that the engine failed", choice_id)
 
     def _watch(self) -> None:
         while True:
