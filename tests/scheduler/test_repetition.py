@@ -1,0 +1,76 @@
+"""Loop detection against its definition, and its place among the stop reasons."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scheduler_world import HashModel, World, loops_by_definition
+
+from jaxserve.sampling_params import RepetitionDetection, SamplingParams
+from jaxserve.scheduler import SchedulerConfig
+from jaxserve.scheduler.repetition import repeated_pattern_len
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=12),
+    st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    st.integers(0, 6),
+    st.integers(1, 4),
+    st.integers(0, 4),
+    st.integers(2, 4),
+)
+def test_same_as_definition(head, pattern, times, smallest, more, count):
+    rule = RepetitionDetection(min_pattern_size=smallest, max_pattern_size=smallest + more, min_count=count)
+    output = head + pattern * times
+    found = repeated_pattern_len(output, rule, len(output)) if output else 0
+    assert bool(found) == loops_by_definition(output, rule)
+    if found:
+        assert output[-found * count :] == output[-found:] * count
+
+
+def world_with(repetition, **settings):
+    config = SchedulerConfig(
+        max_num_seqs=1,
+        max_model_len=200,
+        max_num_batched_tokens=64,
+        block_size=4,
+        num_blocks=64,
+        max_drafts=4,
+        run_ahead=1,
+        repetition=repetition,
+    )
+    world = World(config, HashModel(loop=3))
+    world.add([1, 2, 3], SamplingParams(max_tokens=100, **settings))
+    world.drain(lambda most: (most, most))
+    return world
+
+
+def test_stop_ends_at_the_first_look_that_sees_it():
+    world = world_with("stop")
+    choice = world.choices[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("repetition", "repetition_detected")
+    assert len(choice.output_token_ids) == 32  # 8 copies of 3 tokens are 24: the look at 16 was too early
+
+
+def test_warn_counts_once_and_goes_on():
+    world = world_with("warn")
+    assert world.choices[0].finish_reason == "length"
+    assert world.scheduler.stats.num_repetition_warnings == 1
+
+
+def test_off_doesnt_look():
+    world = world_with("off")
+    assert world.choices[0].finish_reason == "length"
+    assert world.scheduler.stats.num_repetition_warnings == 0
+
+
+@pytest.mark.parametrize("repetition", ["off", "warn", "stop"])
+def test_a_request_that_asks_is_stopped_in_any_mode(repetition):
+    rule = RepetitionDetection(max_pattern_size=4, min_count=4)
+    world = world_with(repetition, repetition_detection=rule)
+    assert world.choices[0].finish_reason == "repetition"
+    assert len(world.choices[0].output_token_ids) == 16
+
+
+def test_min_tokens_hold_it_back():
+    world = world_with("stop", min_tokens=50)
+    assert len(world.choices[0].output_token_ids) == 64
