@@ -9,9 +9,11 @@ depends on the host, so a step stays one CUDA graph.
 from __future__ import annotations
 
 import functools
+import importlib.resources
+import json
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import gpu_combine, gpu_decode, gpu_plan, gpu_prefill
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch, Sinks
@@ -45,7 +47,6 @@ def kv_layout(spec: AttentionSpec) -> KVLayout:
     return KVLayout(storage_dim=spec.head_dim)
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
 def attend(
     q: jax.Array,  # [T, Hq, D] bfloat16
     pool: KVPool,
@@ -54,9 +55,24 @@ def attend(
     sinks: Sinks = None,  # float32[Hq]
 ) -> jax.Array:  # [T, Hq, D] bfloat16
     """Attention of every query token to its row's keys at positions up to its own: see api.ragged_paged_attention."""
+    decode_config, prefill_config = configs(spec)
+    return attend_tuned(q, pool, batch, spec, sinks, decode_config=decode_config, prefill_config=prefill_config)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "decode_config", "prefill_config"))
+def attend_tuned(
+    q: jax.Array,  # [T, Hq, D] bfloat16
+    pool: KVPool,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+    sinks: Sinks,  # float32[Hq]
+    *,
+    decode_config: gpu_decode.DecodeConfig,
+    prefill_config: gpu_prefill.PrefillConfig,
+) -> jax.Array:  # [T, Hq, D] bfloat16
+    """``attend`` with the tuning given. An inner jit: the layers of a step share one lowering."""
     T, Hq, D = q.shape
     Hk, R = spec.num_kv_heads, batch.context_lens.shape[0]
-    decode_config, prefill_config = configs(spec)
     with_prefill = T > R
     work = gpu_plan.decode_plan(
         batch,
@@ -83,16 +99,11 @@ def attend(
 
 
 def configs(spec: AttentionSpec) -> tuple[gpu_decode.DecodeConfig, gpu_prefill.PrefillConfig]:
-    """Pipeline depths that fit into shared memory."""
-    fp8 = spec.kv_dtype == "float8_e4m3fn"
-    match spec.head_dim:
-        case 64:
-            decode = gpu_decode.DecodeConfig(stages=4 if fp8 else 8, raw_stages=16)
-            prefill = gpu_prefill.PrefillConfig(block_kv=128, stages=2, raw_stages=8)
-        case 128:
-            decode = gpu_decode.DecodeConfig(stages=2 if fp8 else 4, raw_stages=8)
-            prefill = gpu_prefill.PrefillConfig(block_kv=128, stages=2, raw_stages=2)
-        case _:
-            decode = gpu_decode.DecodeConfig(stages=1 if fp8 else 2, raw_stages=4)
-            prefill = gpu_prefill.PrefillConfig(block_kv=64, stages=1, raw_stages=2)
-    return decode, prefill
+    """The measured tuning of gpu_tuning.json."""
+    entry = _tuning()[spec.kv_dtype][str(spec.head_dim)]
+    return gpu_decode.DecodeConfig(**entry["decode"]), gpu_prefill.PrefillConfig(**entry["prefill"])
+
+
+@functools.cache
+def _tuning() -> dict[str, Any]:
+    return json.loads(importlib.resources.files(__package__).joinpath("gpu_tuning.json").read_text())

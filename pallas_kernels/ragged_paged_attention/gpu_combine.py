@@ -1,7 +1,7 @@
 """Joins the partial results of tiles that the decode kernel split among workers.
 
-For a tile and KV head with pieces i: out = sum_i 2^(lse_i - lse) out_i with lse = log2 sum_i 2^lse_i. A piece is 4 KB for
-each query token (D = 128), so the pass costs little more than its launch; tiles of one worker are left alone.
+For a tile and KV head with pieces i: out = sum_i 2^(lse_i - lse) out_i with lse = log2 sum_i 2^lse_i. A piece is 8 KB
+for each query token (D = 128), so the pass costs little more than its launch; tiles of one worker are left alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 
-_AT_ONCE = 4  # pieces whose loads are in flight together
-
 
 def combine(
     out_ref: Any,  # ref bfloat16[T * Hq, D], written in place
@@ -33,6 +31,7 @@ def combine(
     """Writes the output rows of every tile that has several pieces."""
     num_tiles, D = work.tiles.shape[0], out_ref.shape[1]
     G, PG = num_heads // num_kv_heads, group_rows
+    at_once = max(1, 8192 // (PG * D))  # pieces whose loads are in flight together, in registers
     layout = plgpu.Layout.WG_STRIDED((PG, D), vec_size=min(4, PG * D // 128))
 
     def kernel(part_ref: Any, lse_ref: Any, tiles_ref: Any, share_ref: Any, out: Any, o_smem: Any) -> None:
@@ -53,10 +52,10 @@ def combine(
         def join(rows: Any, carry: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
             acc, m, l = carry
             read = functools.partial(plgpu.load, layout=layout, optimized=False)
-            slots = [piece(first + k) for k in range(_AT_ONCE)]
+            slots = [piece(first + k) for k in range(at_once)]
             outs = [read(part_ref.at[slot, rows]) for slot in slots]
             lses = [read(lse_ref.at[slot, rows]) for slot in slots]
-            for k in range(_AT_ONCE):
+            for k in range(at_once):
                 lse_k = lses[k] + jnp.where(first + k < num_pieces, 0.0, -jnp.inf)
                 m_new = jnp.maximum(m, lse_k)
                 alpha, weight = jnp.exp2(m - m_new), jnp.exp2(lse_k - m_new)
@@ -72,7 +71,7 @@ def combine(
                     plgpu.layout_cast(jnp.full((PG, D), value, jnp.float32), layout) for value in (0.0, -1e30, 0.0)
                 )
                 acc, _, l = lax.fori_loop(
-                    0, pl.cdiv(num_pieces, _AT_ONCE), lambda i, c: join(rows, c, i * _AT_ONCE), start
+                    0, pl.cdiv(num_pieces, at_once), lambda i, c: join(rows, c, i * at_once), start
                 )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_smem[...] = (acc / jnp.maximum(l, 1e-30)).astype(jnp.bfloat16)

@@ -1,12 +1,14 @@
 """Decode kernel for Hopper: rows with few query tokens, bound by the bandwidth of reading K and V.
 
 A tile is a ``[64, D]`` matrix of queries: ``tile_tokens`` tokens, each with the G heads of one KV head padded to
-``group_rows`` (8 or 16) rows. All (tile, KV head, unit of 64 keys) triples form one line that is cut into equal shares,
-one for each worker (gpu_plan.py); so the load is even whatever the lengths are, and long contexts split by themselves.
-A worker that has the whole of a tile's keys writes its output; the others leave partial results, that ``combine`` joins.
+``group_rows`` (8 or 16) rows. All (tile, KV head, unit of 64 keys) triples form one line that is cut into equal
+shares, one for each worker (gpu_plan.py); so the load is even whatever the lengths are, and long contexts split by
+themselves. A worker that has the whole of a tile's keys writes its output; the others leave partial results, which
+gpu_combine.py joins.
 
-A worker is a pair of warpgroups: one fetches through the block table with TMA, running ahead across tile borders (with
-fp8 it also widens to bfloat16), the other computes: S = Q K^T (wgmma), online softmax in float32 registers, O += P V.
+A worker is a pair of warpgroups: one fetches through the block table with TMA, running ahead across tile borders, the
+other computes: S = Q K^T (wgmma), online softmax in float32 registers, O += P V. With fp8 there are two that fetch, one
+for K and one for V, and they widen what they fetched.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ class DecodeConfig:
     num_ctas: int = 132
     streams: int = 1  # workers of one CTA
     stages: int = 4  # K and V tiles in flight for each worker
-    raw_stages: int = 8  # fp8 only: K or V tiles in flight, not yet widened
+    raw_stages: int = 4  # fp8 only: K tiles (and as many V tiles) in flight, not yet widened
+    # For a thread. A CTA gets 65536 // threads for each at its start: a sum above that never starts.
+    compute_registers: int = 208
+    memory_registers: int = 40
 
 
 def group_rows(spec: AttentionSpec) -> int:
@@ -102,11 +107,16 @@ def rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(x, like.shape, [0])
 
 
-def zero_rows_past(v_ref: Any, first_pos: jax.Array, kv_len: jax.Array, rows: int, dim: int) -> None:
+def zero_rows_past(v_ref: Any, first_pos: jax.Array, kv_len: jax.Array) -> None:
     """Clears the V rows of positions at or past ``kv_len``: nobody wrote them, and 0 * NaN is NaN."""
-    v = plgpu.load(v_ref, layout=plgpu.Layout.WGMMA)
-    pos = first_pos + plgpu.broadcasted_iota(jnp.int32, (rows, dim), 0, layout=plgpu.Layout.WGMMA)
-    v_ref[...] = jnp.where(pos < kv_len, v, jnp.zeros_like(v))
+    rows, dim = v_ref.shape
+    pos = first_pos + plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA)
+    # In pieces, for want of registers.
+    for row in range(0, rows, 64):
+        for column in range(0, dim, 64):
+            piece = v_ref.at[pl.ds(row, 64), pl.ds(column, 64)]
+            v = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
+            piece[...] = jnp.where(pos + row < kv_len, v, jnp.zeros_like(v))
     plgpu.commit_smem()
 
 
@@ -198,8 +208,8 @@ def decode(
         sinks_ref = refs.pop(0) if sinks is not None else None
         out_ref, part_ref, lse_ref = refs
         tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
-        raw = smem_tile((streams, config.raw_stages, plan.UNIT, D), values.dtype)
-        raw_full = plgpu.Barrier(num_barriers=(streams, config.raw_stages))
+        raw = smem_tile((streams, 2, config.raw_stages, plan.UNIT, D), values.dtype)
+        raw_full = plgpu.Barrier(num_barriers=(streams, 2, config.raw_stages))
         pl.run_scoped(
             functools.partial(
                 body,
@@ -278,44 +288,45 @@ def decode(
                         full.at[stream, slot],
                     )
 
-        def fetch_fp8(segment, tile, head, unit, num, step):
+        def fetch_fp8(part, segment, tile, head, unit, num, step):
+            """K (part 0) or V (part 1), fetched ahead into ``raw`` and widened from there."""
             raw_smem, raw_full = raw
+            smem, full, free = ((k_smem, k_full, k_free), (v_smem, v_full, v_free))[part]
             ahead = config.raw_stages - 1
-            fetch_q(segment, tile, head)
 
-            def load(half):
-                """K and V of every unit, one after the other."""
-                slot = lax.rem(2 * step + half, jnp.int32(config.raw_stages))
-                index, row = block_rows(tile, head, unit + lax.div(half, jnp.int32(2)))
+            def load(j):
+                slot = lax.rem(step + j, jnp.int32(config.raw_stages))
+                index, row = block_rows(tile, head, unit + j)
                 plgpu.copy_gmem_to_smem(
-                    kv_ref.at[index + lax.rem(half, jnp.int32(2)) * Hk, pl.ds(row, plan.UNIT)],
-                    raw_smem.at[stream, slot],
-                    raw_full.at[stream, slot],
+                    kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
+                    raw_smem.at[stream, part, slot],
+                    raw_full.at[stream, part, slot],
                 )
 
-            pl.loop(0, jnp.minimum(2 * num, ahead))(load)
+            pl.loop(0, jnp.minimum(num, ahead))(load)
+            if part == 0:
+                fetch_q(segment, tile, head)
 
             @pl.loop(0, num)
             def _(j):
-                slot = lax.rem(step + j, jnp.int32(stages))
-                for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
-                    half = 2 * j + part
-                    raw_slot = lax.rem(2 * step + half, jnp.int32(config.raw_stages))
+                slot, raw_slot = lax.rem(step + j, jnp.int32(stages)), lax.rem(step + j, jnp.int32(config.raw_stages))
 
-                    # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
-                    @pl.when(half + ahead < 2 * num)
-                    def _(half=half):
-                        load(half + ahead)
+                # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
+                @pl.when(j + ahead < num)
+                def _():
+                    load(j + ahead)
 
-                    plgpu.barrier_wait(raw_full.at[stream, raw_slot])
+                plgpu.barrier_wait(raw_full.at[stream, part, raw_slot])
 
-                    @pl.when(step + j >= stages)
-                    def _(free=free):
-                        plgpu.barrier_wait(free.at[stream, slot])
+                @pl.when(step + j >= stages)
+                def _():
+                    plgpu.barrier_wait(free.at[stream, slot])
 
-                    widen(raw_smem.at[stream, raw_slot], smem.at[stream, slot])
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(full.at[stream, slot])
+                widen(raw_smem.at[stream, part, raw_slot], smem.at[stream, slot])
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(full.at[stream, slot])
+
+        fetchers = [functools.partial(fetch_fp8, part) for part in (0, 1)] if fp8 else [fetch]
 
         def compute(segment, tile, head, unit, num, step):
             num_tokens, first_pos = tiles_ref[tile, plan.NUM_TOKENS], tiles_ref[tile, plan.FIRST_POS]
@@ -352,7 +363,7 @@ def decode(
 
                 @pl.when(key + plan.UNIT > kv_len)
                 def _():
-                    zero_rows_past(v_smem.at[stream, slot], key, kv_len, plan.UNIT, D)
+                    zero_rows_past(v_smem.at[stream, slot], key, kv_len)
 
                 acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p16, v_smem.at[stream, slot]))(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(v_free.at[stream, slot])
@@ -398,16 +409,20 @@ def decode(
 
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when(wg >= streams)
-        def _memory():
-            plgpu.set_max_registers(96 if fp8 else 40, action="decrease")
-            _segments(tiles_ref, workers_ref, worker, Hk, fetch_fp8 if fp8 else fetch)
+        walk = functools.partial(_segments, tiles_ref, workers_ref, worker, Hk)
 
         @pl.when(wg < streams)
         def _compute():
-            plgpu.set_max_registers(208, action="increase")
-            _segments(tiles_ref, workers_ref, worker, Hk, compute)
+            plgpu.set_max_registers(config.compute_registers, action="increase")
+            walk(compute)
             plgpu.wait_smem_to_gmem(0)
+
+        for i, fetcher in enumerate(fetchers):
+
+            @pl.when((wg >= (i + 1) * streams) & (wg < (i + 2) * streams))
+            def _memory(fetcher=fetcher):
+                plgpu.set_max_registers(config.memory_registers, action="decrease")
+                walk(fetcher)
 
     out, part, lse = plgpu.kernel(
         kernel,
@@ -418,7 +433,7 @@ def decode(
         ],
         grid=(config.num_ctas,),
         grid_names=("cta",),
-        num_threads=2 * streams,
+        num_threads=(3 if fp8 else 2) * streams,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)

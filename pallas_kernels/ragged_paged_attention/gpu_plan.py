@@ -3,8 +3,8 @@
 They depend on the batch and on the window only, so the layers of one step share them (XLA merges equal computations).
 Shape letters as in types.py; W is the static bound on the number of tiles, C the number of workers.
 
-A *tile* is up to ``tile_tokens`` consecutive query tokens of one row with all G heads of one KV head. A *unit* is 64 key
-positions. Tokens past ``cu_q_lens[R]`` form one more row without keys, so that the kernels write zeros for them.
+A *tile* is up to ``tile_tokens`` consecutive query tokens of one row with all G heads of one KV head. A *unit* is 64
+key positions. Tokens past ``cu_q_lens[R]`` form one more row without keys, so that the kernels write zeros for them.
 """
 
 from __future__ import annotations

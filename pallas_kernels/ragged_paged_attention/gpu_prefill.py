@@ -264,7 +264,7 @@ def prefill(
 
                     @pl.when(first_key + (j + 1) * BK > kv_len)
                     def _():
-                        zero_rows_past(v_smem.at[slot], first_key + j * BK, kv_len, BK, D)
+                        zero_rows_past(v_smem.at[slot], first_key + j * BK, kv_len)
 
                 plgpu.barrier_wait(turn)
 
@@ -327,9 +327,10 @@ def prefill(
                         pl.loop(0, num_groups)(lambda n: copy(n * 8, 8))
                         pl.loop(num_groups * 8, num)(lambda n: copy(n, 1))
 
+        # A CTA of 384 threads starts with 168 registers for each: 504 for the three roles.
         @pl.when(wg == 2)
         def _memory():
-            plgpu.set_max_registers(96 if fp8 else 40, action="decrease")
+            plgpu.set_max_registers(88 if fp8 else 40, action="decrease")
             for_each_item(fetch_fp8 if fp8 else fetch)
 
         @pl.when(wg < 2)
