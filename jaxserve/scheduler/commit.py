@@ -100,19 +100,23 @@ class Committer:
                 num_drafted += drafted
                 num_accepted += emitted - 1
                 self._count_drafts(choice, drafts_len, drafted, emitted - 1)
-            del token_ids[emitted:]
-            reason, stop_reason = append_tokens(choice, token_ids, stats)
+            del token_ids[emitted:]  # padding
+            commit = Commit(choice, row, token_ids)
+            output = choice.output_token_ids
+            if len(output) + emitted < choice.quiet_len and choice.stop_ids.isdisjoint(token_ids):
+                output += token_ids  # almost every row comes by here
+            else:
+                commit.finish_reason, commit.stop_reason = append_tokens(choice, token_ids, stats)
             num_emitted += len(token_ids)
             if choice.computed_len >= choice.publish_at:
                 state.publish(choice)
             if choice.siblings is not None:
                 state.wake_siblings(choice)
-            commit = Commit(choice, row, token_ids, reason, stop_reason)
-            if row in prompt_logprobs:
+            if prompt_logprobs and row in prompt_logprobs:
                 commit.prompt_logprobs = _new_logprobs(choice, row, result)
             commits.append(commit)
-            if reason is not None:
-                state.finish(choice, reason, stop_reason)
+            if commit.finish_reason is not None:
+                state.finish(choice, commit.finish_reason, commit.stop_reason)
         stats.num_drafted_tokens += num_drafted
         stats.num_accepted_tokens += num_accepted
         stats.num_emitted_tokens += num_emitted

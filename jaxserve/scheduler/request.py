@@ -95,6 +95,7 @@ class Choice:
         "prompt_logprobs_len",
         "prompt_token_ids",
         "publish_at",
+        "quiet_len",
         "refusal",
         "repetition",
         "repetition_at",
@@ -171,6 +172,7 @@ class Choice:
         self.repetition: RepetitionDetection | None = None
         self.repetition_stops = False
         self.repetition_at = 0  # output length of the next look
+        self.quiet_len = 0  # an output shorter than this that has no stop id goes on
         # speculation
         self.max_drafts = 0
         self.draft_token_ids: list[int] | None = None  # host drafts, from set_drafts to the next schedule

@@ -20,13 +20,9 @@ def append_tokens(
     """
     output = choice.output_token_ids
     before = len(output)
-    after = before + len(token_ids)
-    if after < choice.max_output_len and after < choice.repetition_at and choice.stop_ids.isdisjoint(token_ids):
-        output += token_ids  # almost every step comes by here
-        return None, None
     reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    if after >= choice.max_output_len:
+    if before + len(token_ids) >= choice.max_output_len:
         del token_ids[choice.max_output_len - before :]
         reason = "length"
     for at in range(max(0, choice.min_output_len - before), len(token_ids)):
@@ -49,6 +45,7 @@ def append_tokens(
             del output[look_at:]
             del token_ids[look_at - before :]
             return "repetition", "repetition_detected"
+    choice.quiet_len = min(choice.max_output_len, choice.repetition_at)
     return reason, stop_reason
 
 

@@ -13,10 +13,10 @@ from scheduler_world import HashModel, World
 
 import jaxserve.scheduler.commit
 import jaxserve.scheduler.planner
-import jaxserve.scheduler.stopping
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import SchedulerConfig, SchedulerInvariantError, StepResult
 from jaxserve.scheduler.block_pool import BlockPool
+from jaxserve.scheduler.commit import Committer
 from jaxserve.scheduler.prefix_cache import PrefixCache
 from jaxserve.scheduler.siblings import Siblings
 from jaxserve.scheduler.state import SchedulerState
@@ -294,14 +294,14 @@ def row35_a_held_block_is_evicted(monkeypatch):
 
 
 def row37_the_last_rejection_is_not_counted(monkeypatch):
-    correct = jaxserve.scheduler.commit.append_tokens
+    correct = Committer._count_drafts
 
-    def append_tokens(choice, token_ids, stats):
-        if len(token_ids) == choice.max_drafts and choice.max_drafts > 1:
+    def count_drafts(self, choice, drafts_len, drafted, accepted):
+        correct(self, choice, drafts_len, drafted, accepted)
+        if accepted == drafts_len - 1:
             choice.computed_len += 1
-        return correct(choice, token_ids, stats)
 
-    monkeypatch.setattr(jaxserve.scheduler.commit, "append_tokens", append_tokens)
+    monkeypatch.setattr(Committer, "_count_drafts", count_drafts)
 
 
 def row41_an_abort_forgets_the_steps_in_flight(monkeypatch):
