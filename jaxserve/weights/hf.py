@@ -62,8 +62,16 @@ class SafetensorsSource:
         self.dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
 
     def read(self, name: str) -> np.ndarray:
-        with safe_open(self._files[name], framework="numpy") as file:
-            return file.get_tensor(self._labels[name])
+        """One tensor, copied out of its file.
+
+        Raises:
+            CheckpointError: the file has gone or changed since it was opened.
+        """
+        try:
+            with safe_open(self._files[name], framework="numpy") as file:
+                return file.get_tensor(self._labels[name])
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._labels[name]!r} of {str(self._files[name])!r}: {error}") from error
 
     def label(self, name: str) -> str:
         return self._labels.get(name, name)

@@ -24,7 +24,8 @@ def load_params(
 ) -> Params:
     """The parameters of ``model``, on the device.
 
-    Host memory holds one parameter at a time: its tensors are read, moved to the device, fused there, and dropped.
+    Parameter by parameter, tensors are read, moved to the device, fused there, and dropped: host memory never holds
+    more than two parameters' tensors.
 
     Args:
         checkpoint: an opened checkpoint; its tensors were compared with its config when it was opened.

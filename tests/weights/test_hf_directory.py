@@ -1,6 +1,7 @@
 """Hugging Face directories: parameters equal to a second, independent reading; damage is named."""
 
 import json
+import weakref
 from pathlib import Path
 
 import jax
@@ -89,6 +90,32 @@ def test_sharded_files_load_as_one(tiny):
     directory = tiny("qwen3")
     shard(directory, 3)
     assert_equal_trees(load(directory)[1], expected("qwen3")[1])
+
+
+def test_host_memory_never_holds_the_whole_model():
+    checkpoint = open_checkpoint(str(TINY / "llama"))
+    read, alive, held = checkpoint.source.read, [], []
+
+    def watched(name):
+        held.append(sum(ref() is not None for ref in alive))
+        tensor = read(name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    checkpoint.source.read = watched
+    model = build(checkpoint.config, dtype="float32", padded_vocab=131)
+    load_params(checkpoint, model, progress=False)
+    assert len(alive) > 20
+    assert max(held) <= 6  # this parameter's and, until the runtime lets go of them, the one before's
+
+
+def test_a_file_that_vanishes_after_opening_is_named(tiny):
+    directory = tiny("llama")
+    checkpoint = open_checkpoint(str(directory))
+    (directory / "model.safetensors").unlink()
+    model = build(checkpoint.config, dtype="float32", padded_vocab=131)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_params(checkpoint, model, progress=False)
 
 
 def test_a_file_of_the_index_that_is_missing_is_named(tiny):
