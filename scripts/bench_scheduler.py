@@ -32,52 +32,70 @@ def fake_result(plan: StepPlan, num_drafts: int, rng: np.random.Generator) -> St
     return StepResult(plan.step_id, token_ids, emitted, plan.num_drafts)
 
 
-def step_times(num_choices: int, args: argparse.Namespace) -> list[float]:
-    """Seconds of schedule + commit, step by step, with ``num_choices`` decoding choices and one step of run-ahead."""
-    rng = np.random.default_rng(args.seed)
-    config = SchedulerConfig(
-        max_num_seqs=num_choices,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=8192,
-        block_size=args.block_size,
-        num_blocks=num_choices * -(-MAX_MODEL_LEN // args.block_size),
-        max_drafts=args.num_drafts,
-        adaptive_drafts=None,
-        run_ahead=1,
-    )
-    scheduler = Scheduler(config)
-    for choice_id in range(num_choices):
-        prompt = rng.integers(0, VOCAB_SIZE, args.prompt_len).tolist()
-        params = SamplingParams(max_tokens=MAX_MODEL_LEN - args.prompt_len, stop_token_ids=(VOCAB_SIZE,))
-        scheduler.add(
-            Choice(
-                choice_id=choice_id,
-                request_id=str(choice_id),
-                prompt_token_ids=prompt,
-                params=params,
-                eos_token_ids=(VOCAB_SIZE + 1,),
+class Bench:
+    """A scheduler in steady decode with ``num_choices`` choices and one step of run-ahead."""
+
+    def __init__(self, num_choices: int, args: argparse.Namespace) -> None:
+        self.num_choices = num_choices
+        self.num_drafts = args.num_drafts
+        self.rng = np.random.default_rng(args.seed)
+        self.plans: list[StepPlan] = []
+        self.times: list[float] = []
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=num_choices,
+                max_model_len=MAX_MODEL_LEN,
+                max_num_batched_tokens=8192,
+                block_size=args.block_size,
+                num_blocks=num_choices * -(-MAX_MODEL_LEN // args.block_size),
+                max_drafts=args.num_drafts,
+                adaptive_drafts=None,
+                run_ahead=1,
             )
         )
-    plans: list[StepPlan] = []
-    times: list[float] = []
-    gc.collect()
-    while len(times) < args.steps:
+        for choice_id in range(num_choices):
+            prompt = self.rng.integers(0, VOCAB_SIZE, args.prompt_len).tolist()
+            params = SamplingParams(max_tokens=MAX_MODEL_LEN - args.prompt_len, stop_token_ids=(VOCAB_SIZE,))
+            self.scheduler.add(
+                Choice(
+                    choice_id=choice_id,
+                    request_id=str(choice_id),
+                    prompt_token_ids=prompt,
+                    params=params,
+                    eos_token_ids=(VOCAB_SIZE + 1,),
+                )
+            )
+
+    def step(self) -> None:
+        """One schedule and one commit; timed where all choices decode with full drafts."""
         start = time.perf_counter()
-        plan = scheduler.schedule()
+        plan = self.scheduler.schedule()
         scheduled = time.perf_counter()
         if plan is None:
             raise RuntimeError("the bench ran out of work; use fewer steps")
-        plans.append(plan)
-        if len(plans) < 2:
-            continue
-        oldest = plans.pop(0)
-        result = fake_result(oldest, args.num_drafts, rng)
+        self.plans.append(plan)
+        if len(self.plans) < 2:
+            return
+        oldest = self.plans.pop(0)
+        result = fake_result(oldest, self.num_drafts, self.rng)
         committing = time.perf_counter()
-        scheduler.commit(oldest, result)
+        self.scheduler.commit(oldest, result)
         elapsed = scheduled - start + time.perf_counter() - committing
-        if len(oldest.choices) == num_choices and int(oldest.num_drafts.min()) == args.num_drafts:
-            times.append(elapsed)
-    return times
+        if len(oldest.choices) == self.num_choices and int(oldest.num_drafts.min()) == self.num_drafts:
+            self.times.append(elapsed)
+
+
+def step_times(args: argparse.Namespace) -> dict[int, list[float]]:
+    """Sorted seconds of schedule + commit for each number of choices; the benches take turns of 20 steps."""
+    benches = [Bench(num_choices, args) for num_choices in args.choices]
+    gc.collect()
+    gc.freeze()  # as a server does after its start
+    while any(len(bench.times) < args.steps for bench in benches):
+        for bench in benches:
+            for _ in range(20):
+                bench.step()
+    gc.unfreeze()
+    return {bench.num_choices: sorted(bench.times) for bench in benches}
 
 
 def best_of(repeats: int, action: Callable[[], object]) -> float:
@@ -123,15 +141,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    steps = {}
-    for num_choices in args.choices:
-        times = sorted(step_times(num_choices, args))
+    steps, medians = {}, []
+    for num_choices, times in step_times(args).items():
+        medians.append(statistics.median(times))
         steps[str(num_choices)] = {
-            "median_ms": round(1e3 * statistics.median(times), 4),
+            "median_ms": round(1e3 * medians[-1], 4),
             "p99_ms": round(1e3 * times[int(0.99 * (len(times) - 1))], 4),
         }
         print(f"{num_choices:5d} choices, K={args.num_drafts}: {steps[str(num_choices)]}")
-    medians = [steps[str(num_choices)]["median_ms"] for num_choices in args.choices]
     document = {
         "schedule_commit": steps,
         "last_over_first": round(medians[-1] / medians[0], 2),
