@@ -120,8 +120,10 @@ def report(events: list[dict[str, Any]], steps: int, kernels: int) -> dict[str, 
     for name, total in host.most_common():
         if "command_buffer::" in name or "raphLaunch" in name or "Execute (jit" in name:
             print(f"    host: {name[:64]:64s} x{host_count[name] / steps:6.1f} {total / steps:9.1f} us")
-    updates = sum(number for name, number in host_count.items() if name.startswith("command_buffer::update"))
-    return {"device busy us": busy / steps, "span us": span / steps, "graph updates": updates / steps}
+    graphs = [e for e in events if e["name"].startswith("command_buffer::update")]
+    sizes = collections.Counter(e.get("args", {}).get("num_commands", "?") for e in graphs)
+    print("  graph updates a step, by commands in the graph:", {k: v / steps for k, v in sizes.items()})
+    return {"device busy us": busy / steps, "span us": span / steps, "graph updates": len(graphs) / steps}
 
 
 def main() -> None:

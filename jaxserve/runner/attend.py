@@ -70,7 +70,7 @@ def _write_and_attend(
     spec: AttentionSpec,
     implementation: str,
 ) -> tuple[jax.Array, KVPool]:
-    pool = write_kv(k, v, pool, batch, spec)
+    pool = write_kv(k, v, pool, batch, spec, implementation)
     return ragged_paged_attention(q, pool, batch, spec, implementation), pool
 
 

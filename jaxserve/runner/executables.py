@@ -104,7 +104,7 @@ class Compiler:
             num_rows=num_rows,
         )
         out = (jax.tree.map(lambda _: self._sharding(POOL), self.kv), self._whole(self.scratch))
-        jitted = jax.jit(_named(run, f"forward_{num_tokens}x{num_rows}"), donate_argnums=(1, 3), out_shardings=out)
+        jitted = self._jit(_named(run, f"forward_{num_tokens}x{num_rows}"), donate=(1, 3), out=out)
         return jitted.lower(self.model.trunk_params(self.params), self.kv, self.slots, self.scratch)
 
     def lower_sample(self, key: SampleKey) -> Any:
@@ -118,17 +118,17 @@ class Compiler:
         )
         name = f"sample_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts + 1}"
         out = (self._whole(self.slots), self._sharding(WHOLE))
-        jitted = jax.jit(_named(run, name), donate_argnums=(1,), out_shardings=out)
+        jitted = self._jit(_named(run, name), donate=(1,), out=out)
         return jitted.lower(self.model.head_params(self.params), self.slots, self.scratch)
 
     def lower_stage(self) -> Any:
         run = functools.partial(step.stage, config=self.config)
-        jitted = jax.jit(_named(run, "stage"), donate_argnums=(0,), out_shardings=self._whole(self.slots))
+        jitted = self._jit(_named(run, "stage"), donate=(0,), out=self._whole(self.slots))
         return jitted.lower(self.slots, self._words(packet_len(self.config)))
 
     def lower_admit(self) -> Any:
         run = functools.partial(step.admit, fields=self.fields)
-        jitted = jax.jit(_named(run, "admit"), donate_argnums=(0,), out_shardings=self._whole(self.slots))
+        jitted = self._jit(_named(run, "admit"), donate=(0,), out=self._whole(self.slots))
         return jitted.lower(self.slots, self._words(ADMISSION_ROWS, self.fields.num_words))
 
     def lower_prompt_scores(self) -> Any:
@@ -138,7 +138,7 @@ class Compiler:
             config=self.config,
             num_tokens=self._prompt_score_tokens(),
         )
-        jitted = jax.jit(_named(run, "prompt_scores"), out_shardings=self._sharding(WHOLE))
+        jitted = self._jit(_named(run, "prompt_scores"), donate=(), out=self._sharding(WHOLE))
         return jitted.lower(self.model.head_params(self.params), self.slots, self.scratch, self._words(3))
 
     def compile_all(self, *, progress: bool) -> Executables:
@@ -175,6 +175,11 @@ class Compiler:
             prompt_score_tokens=self._prompt_score_tokens(),
             seconds={"trace": lowering, "compile": time.perf_counter() - started - lowering},
         )
+
+    def _jit(self, function: Any, *, donate: tuple[int, ...], out: Any) -> Any:
+        # An argument that is only overwritten must not be dropped: its buffer is what the output goes to, so that
+        # addresses, and with them the recorded graphs, stay as they are.
+        return jax.jit(function, donate_argnums=donate, out_shardings=out, keep_unused=True)
 
     def _prompt_score_tokens(self) -> int:
         return min(PROMPT_SCORE_TOKENS, self.config.max_num_batched_tokens)

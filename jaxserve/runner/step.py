@@ -101,7 +101,8 @@ def forward(
     ends = jnp.cumsum(widths)
     starts = ends - widths
     token = jnp.arange(T)
-    row = jnp.minimum(jnp.searchsorted(ends, token, side="right"), R - 1)  # [T]
+    # Compared with all, as searching makes a loop, which XLA keeps out of its graphs.
+    row = jnp.minimum(jnp.searchsorted(ends, token, side="right", method="compare_all"), R - 1)  # [T]
     real = token < ends[-1]
     position = jnp.where(real, computed[row] + token - starts[row], 0)
     slot = where[row]
