@@ -1,5 +1,6 @@
-"""Ragged paged attention for TPU (v5e, v5p, v6e, 7x) in Pallas. Compiled ahead of time and simulated, not run on a
-TPU yet.
+"""Ragged paged attention for TPU (v5e, v5p, v6e, 7x) in Pallas.
+
+It was compiled ahead of time and simulated; no TPU has run it yet.
 
 One kernel serves decode, verify and prefill. Its unit of work is a *tile*: ``BQ`` consecutive query tokens of one
 row, all heads. A step makes two calls, one for the rows of at most ``BQ`` = 1 token (8 where drafts are verified) and
@@ -21,17 +22,18 @@ Per tile of length q at context c (Ds storage dim, e bytes an element of the poo
 
     bytes  = 2 c Hk Ds e  (+ 8 c Hk of int8 scales)  + 4 q Hq Ds  + 4 P
     flops  = 4 c Hq Ds max(q, 8 / G)
-    decode, bf16, G = 4: 2 flops a byte of KV; every generation's ridge is over 120: bound by memory.
-    prefill: G BQ flops a byte of KV; BQ is chosen so that G BQ is about 512, at or above the ridge of v5e (240),
-    v5p (187) and 7x (312), and just under v6e's (560).
+    decode, bf16, G = 4: 4 flops a byte of KV (8 with the padding of 4 rows to 8); every generation's ridge is over
+    180: bound by memory. prefill: G BQ flops a byte of KV; BQ is chosen so that G BQ is about 512, at or above the
+    ridge of v5e (240), v5p (187) and 7x (312), and just under v6e's (560).
 
 Buffering is two chunks deep. The DMA of chunk j+1 starts before the wait for chunk j, so at least one chunk is in
 flight while another is computed on; that hides memory as long as a chunk lasts longer than a DMA's latency, hence
 chunks of about 2 MiB: 2.6 us at v5e's 0.82 TB/s, 1.7 at v5p's 1.23 per core, 1.3 at v6e's 1.64, 0.57 at 7x's 3.7 per
 core.
 
-VMEM: 2 chunks, 4 q/o tiles, one q tile and the softmax state in float32 (``vmem_bytes``). Llama-3.1-8B (Hk 8, G 4, D
-    128, bf16): decode 4.2 MiB, prefill (BQ 128) 18 MiB, of 128 MiB (v5e, v6e) and 64 MiB (v5p and 7x, per core).
+VMEM: 2 chunks, 4 q/o tiles, one q tile and the softmax state in float32 (``vmem_bytes``). Llama-3.1-8B (Hk 8, G 4,
+D 128, bf16): decode 4.2 MiB, verify (BQ 8) 4.9, prefill (BQ 128) 18.0, of 128 MiB (v5e, v6e) and 64 MiB (v5p and 7x,
+per core). The compiler reports the same for v5e's decode and verify: 4.17 and 4.89 MiB.
 
 Shape letters: see types.py. Ds the pool's storage dim (D padded to 128), M tiles.
 """

@@ -1,0 +1,125 @@
+"""The Mosaic GPU kernels: what they refuse (anywhere), and the contract of every implementation (on a Hopper GPU).
+
+Mosaic's interpreter runs no wgmma with operands in registers, which both kernels use: numbers need the hardware.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import AttentionContract, make_case, make_spec
+
+from pallas_kernels.ragged_paged_attention import gpu, gpu_decode, gpu_prefill
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
+
+BASE: dict[str, object] = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "block_size": 64, "head_dim": 64}
+SHARED_MEMORY = 227 << 10  # bytes that a block may have on Hopper
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "float32", "kv_dtype": "float32"}, "dtype is float32"),
+        ({"kv_dtype": "int8"}, "kv_dtype is int8"),
+        ({"head_dim": 96}, "head_dim is 96"),
+        ({"block_size": 16}, "block_size is 16"),
+        ({"num_heads": 17, "num_kv_heads": 1}, "17 query heads share a KV head"),
+    ],
+)
+def test_refusals_name_what_is_not_supported(changes: dict[str, object], reason: str) -> None:
+    refusal = gpu.supports(make_spec(**{**BASE, **changes}))
+    assert refusal is not None and refusal.startswith(reason)
+
+
+@pytest.mark.parametrize("head_dim", gpu.HEAD_DIMS)
+@pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
+@pytest.mark.parametrize("num_heads", range(1, gpu.MAX_GROUP + 1))
+def test_required_shapes_are_supported_and_fit_into_shared_memory(head_dim: int, kv_dtype: str, num_heads: int) -> None:
+    spec = make_spec(**{**BASE, "num_heads": num_heads, "num_kv_heads": 1, "head_dim": head_dim, "kv_dtype": kv_dtype})
+    assert gpu.supports(spec) is None
+    assert gpu.kv_layout(spec) == KVLayout(storage_dim=head_dim)
+    decode, prefill = gpu.configs(spec)
+    fp8 = kv_dtype != "bfloat16"
+    # Queries, their copy for wgmma or the partial results in float32, K and V, and what waits to be widened.
+    decode_bytes = 64 * head_dim * (2 + 4) + decode.stages * decode.block_kv * head_dim * 2 * 2
+    decode_bytes += fp8 * 2 * decode.raw_stages * 64 * head_dim
+    prefill_bytes = 128 * head_dim * (2 + 2) + prefill.stages * prefill.block_kv * head_dim * 2 * 2
+    prefill_bytes += fp8 * prefill.raw_stages * 64 * head_dim
+    assert decode.streams * decode_bytes < SHARED_MEMORY - 2048
+    assert prefill_bytes < SHARED_MEMORY - 2048
+
+
+@pytest.mark.parametrize("num_heads", range(1, gpu.MAX_GROUP + 1))
+def test_tiles_hold_whole_tokens(num_heads: int) -> None:
+    spec = make_spec(**{**BASE, "num_heads": num_heads, "num_kv_heads": 1})
+    assert gpu_decode.tile_tokens(spec) * gpu_decode.group_rows(spec) == gpu_decode.ROWS
+    assert gpu_prefill.ROWS // 2 < gpu_prefill.tile_tokens(spec) * num_heads <= gpu_prefill.ROWS
+
+
+def test_registers_of_a_block_suffice() -> None:
+    """setmaxnreg waits forever for registers that the block wasn't given at its start."""
+    for kv_dtype in gpu.KV_DTYPES:
+        for head_dim in gpu.HEAD_DIMS:
+            decode, _ = gpu.configs(make_spec(**{**BASE, "kv_dtype": kv_dtype, "head_dim": head_dim}))
+            fetchers = 1 if kv_dtype == "bfloat16" else 2
+            asked = decode.streams * (decode.compute_registers + fetchers * decode.memory_registers)
+            warpgroups = decode.streams * (1 + fetchers)
+            # A thread starts with a multiple of 8 registers.
+            assert asked <= warpgroups * (65536 // (warpgroups * 128) // 8 * 8)
+
+
+@pytest.mark.gpu
+class TestPallasGpu(AttentionContract):
+    base = BASE
+
+    def attend(
+        self, q: jax.Array, pool: KVPool, batch: RaggedBatch, spec: AttentionSpec, sinks: object
+    ) -> jax.Array:  # [T, Hq, D]
+        return gpu.attend(q, pool, batch, spec, sinks)
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        return gpu.supports(spec)
+
+    def kv_layout(self, spec: AttentionSpec) -> KVLayout:
+        return gpu.kv_layout(spec)
+
+    @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
+    @pytest.mark.parametrize("head_dim", gpu.HEAD_DIMS)
+    def test_prefill_beside_decode(self, head_dim: int, kv_dtype: str) -> None:
+        rows = [(1000, 1000), (700, 300), (65, 1), (400, 20), (90, 9), (5, 5), (0, 0), (300, 127), (4000, 1)]
+        self.run(rows, self.spec(head_dim=head_dim, kv_dtype=kv_dtype, num_heads=8, scale=head_dim**-0.5))
+
+    @pytest.mark.parametrize("window", [1, 100, 700])
+    @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
+    def test_windows_over_split_contexts(self, kv_dtype: str, window: int) -> None:
+        self.run([(4099, 1), (2050, 3), (700, 1)], self.spec(kv_dtype=kv_dtype, sliding_window=window))
+
+    def test_two_runs_are_equal(self) -> None:
+        spec = self.spec(head_dim=128)
+        case = make_case(spec, [(4099, 1), (300, 200), (77, 5)], layout=self.kv_layout(spec))
+        runs = [np.asarray(gpu.attend(case.q, case.pool, case.batch, spec).astype(jnp.float32)) for _ in range(2)]
+        np.testing.assert_array_equal(*runs)
+
+    def test_tuning_changes_speed_only(self) -> None:
+        """Also with several workers on a multiprocessor and with more workers than multiprocessors."""
+        spec = self.spec()
+        case = make_case(spec, [(3001, 1), (40, 4), (900, 1)], layout=self.kv_layout(spec))
+        decode, prefill = gpu.configs(spec)
+        out = [
+            gpu.attend_tuned(
+                case.q,
+                case.pool,
+                case.batch,
+                spec,
+                None,
+                decode_config=dataclasses.replace(decode, **changes),
+                prefill_config=prefill,
+            ).astype(jnp.float32)
+            for changes in ({}, {"streams": 2, "stages": 2}, {"num_ctas": 264, "stages": 2}, {"block_kv": 128})
+        ]
+        for other in out[1:]:
+            np.testing.assert_allclose(out[0], other, atol=1e-2, rtol=1e-2)

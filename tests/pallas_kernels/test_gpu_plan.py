@@ -1,0 +1,142 @@
+"""The GPU kernels' work lists against a walk through the batch by hand: every unit of work exactly once."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.ragged_paged_attention import gpu_plan as plan
+from pallas_kernels.ragged_paged_attention.types import RaggedBatch
+
+NUM_KV_HEADS = 2
+NUM_WORKERS = 7
+Rows = list[tuple[int, int]]  # (context length, width)
+
+
+@st.composite
+def rows_and_tokens(draw: st.DrawFn) -> tuple[Rows, int]:
+    """5 rows, empty ones among them, and T with some padding or none."""
+    rows = []
+    for _ in range(5):
+        width = draw(st.one_of(st.just(0), st.just(1), st.integers(1, 9), st.integers(1, 300)))
+        rows.append((draw(st.integers(width, 1500)) if width else 0, width))
+    used = sum(width for _, width in rows)
+    return rows, max(1, used + draw(st.sampled_from([0, 1, 8, 9, 200])))
+
+
+def batch_of(rows: Rows) -> RaggedBatch:
+    contexts, widths = (np.array(x, np.int32) for x in zip(*rows, strict=True))
+    none = jnp.zeros(0, jnp.int32)
+    table = jnp.zeros((len(rows), 1), jnp.int32)
+    cu_q_lens = np.concatenate([[0], np.cumsum(widths)])
+    return RaggedBatch(table, jnp.asarray(contexts), jnp.asarray(cu_q_lens, jnp.int32), none, none)
+
+
+def keys_of(rows: Rows, num_tokens: int, window: int | None) -> list[tuple[int, int]]:
+    """For each token: (first visible key, position), (0, -1) for padding."""
+    keys = []
+    for context, width in rows:
+        for position in range(context - width, context):
+            keys.append((0 if window is None else max(0, position - window + 1), position))
+    return keys + [(0, -1)] * (num_tokens - len(keys))
+
+
+def check_tiles(tiles: np.ndarray, rows: Rows, num_tokens: int, window: int | None, tile_tokens: int) -> np.ndarray:
+    """Tiles hold the keys that their tokens need, and no token is in two; returns how often each token occurs."""
+    keys = keys_of(rows, num_tokens, window)
+    seen = np.zeros(num_tokens, int)
+    for tile in tiles[tiles[:, plan.NUM_UNITS] > 0]:
+        first, num = tile[plan.FIRST_TOKEN], tile[plan.NUM_TOKENS]
+        assert 0 < num <= tile_tokens
+        begin = tile[plan.FIRST_UNIT] * plan.UNIT
+        end = begin + tile[plan.NUM_UNITS] * plan.UNIT
+        for token in range(first, first + num):
+            seen[token] += 1
+            first_key, position = keys[token]
+            if position < 0:
+                assert tile[plan.KV_LEN] == 0 and tile[plan.FIRST_POS] + num <= 0
+            else:
+                assert tile[plan.FIRST_POS] + token - first == position
+                assert begin <= first_key and position < end
+                assert tile[plan.KV_LEN] == rows[tile[plan.ROW]][0]
+    return seen
+
+
+def widths_of_tokens(rows: Rows, num_tokens: int) -> np.ndarray:
+    """For each token the width of its row; padding is a row."""
+    widths = [width for _, width in rows]
+    widths.append(num_tokens - sum(widths))
+    return np.repeat(widths, widths)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=rows_and_tokens(), window=st.sampled_from([None, 1, 100]), tile_tokens=st.sampled_from([4, 8]))
+@pytest.mark.parametrize("short_only", [False, True])
+def test_decode_workers_share_every_unit_once(
+    short_only: bool, case: tuple[Rows, int], window: int | None, tile_tokens: int
+) -> None:
+    rows, num_tokens = case
+    work = plan.decode_plan(
+        batch_of(rows),
+        num_tokens,
+        tile_tokens=tile_tokens,
+        num_kv_heads=NUM_KV_HEADS,
+        num_workers=NUM_WORKERS,
+        window=window,
+        short_only=short_only,
+    )
+    tiles, workers, share = (np.asarray(x) for x in work)
+    seen = check_tiles(tiles, rows, num_tokens, window, tile_tokens)
+    mine = widths_of_tokens(rows, num_tokens) <= plan.MAX_SHORT if short_only else np.ones(num_tokens, bool)
+    np.testing.assert_array_equal(seen, mine)
+
+    line = [
+        (t, head, unit)
+        for t, tile in enumerate(tiles)
+        for head in range(NUM_KV_HEADS)
+        for unit in range(tile[plan.NUM_UNITS])
+    ]
+    for w, worker in enumerate(workers):
+        units = line[w * share[0] : (w + 1) * share[0]]
+        assert worker[plan.WORKER_UNITS] == len(units)
+        if units:
+            assert tuple(worker[: plan.WORKER_UNITS]) == units[0]
+    assert NUM_WORKERS * share[0] >= len(line)
+    for t, tile in enumerate(tiles):
+        assert tile[plan.UNITS_BEFORE] * NUM_KV_HEADS == sum(1 for unit in line if unit[0] < t)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=rows_and_tokens(), window=st.sampled_from([None, 1, 100]), tile_tokens=st.sampled_from([8, 32, 128]))
+def test_prefill_tiles_hold_the_long_rows_by_falling_cost(
+    case: tuple[Rows, int], window: int | None, tile_tokens: int
+) -> None:
+    rows, num_tokens = case
+    work = plan.prefill_plan(batch_of(rows), num_tokens, tile_tokens=tile_tokens, window=window)
+    tiles = np.asarray(work.tiles)
+    seen = check_tiles(tiles, rows, num_tokens, window, tile_tokens)
+    np.testing.assert_array_equal(seen, widths_of_tokens(rows, num_tokens) > plan.MAX_SHORT)
+    cost = tiles[:, plan.NUM_UNITS]
+    assert (np.diff(cost) <= 0).all()
+    assert work.num_tiles[0] == (cost > 0).sum()
+
+
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(1, 1), (8, 8), (256, 256), (8, 256), (8192, 256), (40, 8)])
+def test_bounds_on_tiles_hold_for_the_worst_rows(num_tokens: int, num_rows: int) -> None:
+    """As many rows as fit one token over a multiple of the tile."""
+    for tile_tokens in (4, 8, 32):
+        rows: Rows = []
+        left = num_tokens
+        while left and len(rows) < num_rows:
+            width = min(left, tile_tokens + 1)
+            rows.append((width, width))
+            left -= width
+        rows += [(0, 0)] * (num_rows - len(rows))
+        needed = sum(-(-width // tile_tokens) for _, width in rows) + -(-left // tile_tokens)
+        assert plan.max_decode_tiles(num_tokens, num_rows, tile_tokens, short_only=False) >= needed
+        long = [width for width in [*(w for _, w in rows), left] if width > plan.MAX_SHORT]
+        needed = sum(-(-width // tile_tokens) for width in long)
+        assert plan.max_prefill_tiles(num_tokens, num_rows, tile_tokens) >= needed
