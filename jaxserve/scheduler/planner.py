@@ -219,7 +219,8 @@ class Planner:
         tokens_len = choice.tokens_len
         hits: list[int] = []
         parent = choice.cache_root
-        if parent is not None and not choice.needs_prompt_logprobs:
+        logprobs_missing = choice.needs_prompt_logprobs and choice.prompt_logprobs_len < choice.prompt_len
+        if parent is not None and not logprobs_missing:
             hits, parent = self.state.cache.match(choice.cache_root, choice.tokens(0, tokens_len))
             self.state.stats.num_prefix_queries += tokens_len
         if not pool.reserve(choice.block_ids, tokens_len, hits, headroom):

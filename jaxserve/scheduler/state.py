@@ -97,7 +97,7 @@ class SchedulerState:
             siblings.num_alive -= 1
             if not siblings.num_alive:
                 del self.siblings[choice.request_id]
-        self.stats.num_finished[reason] = self.stats.num_finished.get(reason, 0) + 1
+        self.stats.num_finished[reason] += 1
         return True
 
     def newest_running(self) -> Choice:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from jaxserve.scheduler.request import FINISH_REASONS
+
 
 @dataclass(slots=True)
 class SchedulerStats:
@@ -20,7 +22,8 @@ class SchedulerStats:
     num_prefix_queries: int = 0  # tokens looked up in the prefix cache
     num_prefix_hits: int = 0  # tokens found there
     num_repetition_warnings: int = 0
-    num_finished: dict[str, int] = field(default_factory=dict)  # by finish reason
+    # by finish reason; all keys exist from the start, so that another thread may copy it at any time
+    num_finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0))
 
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         return asdict(self)

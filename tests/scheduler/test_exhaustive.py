@@ -49,5 +49,5 @@ def test_two_choices_with_aborts_and_preemptions(setting):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_everything():
-    tally = sweep(boundary_settings(range(4, 21), range(5), (1, 2, 4), (0, 1, 2)), 3000)
-    assert tally.num_schedules > 10**6
+    tally = sweep(boundary_settings(range(4, 21), range(5), (1, 2, 4), (0, 1, 2)), 1000)
+    assert tally.num_schedules > 500_000

@@ -502,7 +502,7 @@ def test_accounting():
     assert stats.num_emitted_tokens == 11 == len(choice.output_token_ids)
     assert choice.num_accepted == stats.num_accepted_tokens == 5
     assert choice.num_drafted == stats.num_drafted_tokens
-    assert stats.num_finished == {"length": 1}
+    assert stats.num_finished["length"] == 1 == sum(stats.num_finished.values())
 
 
 def test_no_progress_is_an_error_not_a_spin():
