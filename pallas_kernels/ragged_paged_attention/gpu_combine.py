@@ -7,6 +7,7 @@ for each query token (D = 128), so the pass costs little more than its launch; t
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -31,8 +32,9 @@ def combine(
     """Writes the output rows of every tile that has several pieces."""
     num_tiles, D = work.tiles.shape[0], out_ref.shape[1]
     G, PG = num_heads // num_kv_heads, group_rows
-    at_once = max(1, 8192 // (PG * D))  # pieces whose loads are in flight together, in registers
-    layout = plgpu.Layout.WG_STRIDED((PG, D), vec_size=min(4, PG * D // 128))
+    rows = G if G * D % 128 == 0 else PG  # whole warpgroups have 128 threads
+    at_once = max(1, 8192 // (rows * D))  # pieces whose loads are in flight together, in registers
+    layout = plgpu.Layout.WG_STRIDED((rows, D), vec_size=math.gcd(4, rows * D // 128))
 
     def kernel(part_ref: Any, lse_ref: Any, tiles_ref: Any, share_ref: Any, out: Any, o_smem: Any) -> None:
         tile, head = lax.axis_index("tile"), lax.axis_index("head")
@@ -49,12 +51,12 @@ def combine(
             within = (index == 0) & (lax.rem(first_unit, share) != 0)
             return worker * 2 + jnp.where(within, 1, 0)
 
-        def join(rows: Any, carry: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
+        def join(token_rows: Any, carry: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
             acc, m, l = carry
             read = functools.partial(plgpu.load, layout=layout, optimized=False)
             slots = [piece(first + k) for k in range(at_once)]
-            outs = [read(part_ref.at[slot, rows]) for slot in slots]
-            lses = [read(lse_ref.at[slot, rows]) for slot in slots]
+            outs = [read(part_ref.at[slot, token_rows]) for slot in slots]
+            lses = [read(lse_ref.at[slot, token_rows]) for slot in slots]
             for k in range(at_once):
                 lse_k = lses[k] + jnp.where(first + k < num_pieces, 0.0, -jnp.inf)
                 m_new = jnp.maximum(m, lse_k)
@@ -66,12 +68,12 @@ def combine(
         def _():
             @pl.loop(0, tiles_ref[tile, plan.NUM_TOKENS])
             def _(token):
-                rows = pl.ds(token * PG, PG)
+                token_rows = pl.ds(token * PG, rows)
                 start = tuple(
-                    plgpu.layout_cast(jnp.full((PG, D), value, jnp.float32), layout) for value in (0.0, -1e30, 0.0)
+                    plgpu.layout_cast(jnp.full((rows, D), value, jnp.float32), layout) for value in (0.0, -1e30, 0.0)
                 )
                 acc, _, l = lax.fori_loop(
-                    0, pl.cdiv(num_pieces, at_once), lambda i, c: join(rows, c, i * at_once), start
+                    0, pl.cdiv(num_pieces, at_once), lambda i, c: join(token_rows, c, i * at_once), start
                 )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_smem[...] = (acc / jnp.maximum(l, 1e-30)).astype(jnp.bfloat16)
@@ -84,6 +86,6 @@ def combine(
         kernel,
         grid=(num_tiles, num_kv_heads),
         grid_names=("tile", "head"),
-        scratch_types=[plgpu.SMEM((PG, D), jnp.bfloat16)],
+        scratch_types=[plgpu.SMEM((rows, D), jnp.bfloat16)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(part, lse, work.tiles, work.share, out_ref)

@@ -38,8 +38,9 @@ class DecodeConfig:
 
     num_ctas: int = 132
     streams: int = 1  # workers of one CTA
-    stages: int = 4  # K and V tiles in flight for each worker
-    raw_stages: int = 4  # fp8 only: K tiles (and as many V tiles) in flight, not yet widened
+    block_kv: int = 64  # keys of a step, a multiple of 64
+    stages: int = 4  # K and V tiles of a step in flight for each worker
+    raw_stages: int = 4  # fp8 only: K units (and as many V units) in flight, not yet widened
     # For a thread. A CTA gets 65536 // threads for each at its start: a sum above that never starts.
     compute_registers: int = 208
     memory_registers: int = 40
@@ -81,25 +82,29 @@ def widen(raw_ref: Any, ref: Any) -> None:
     ref[...] = plgpu.load(raw_ref, layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float16)
 
 
-def masked_scores(
+def logits(
     s: jax.Array,  # float32[M, N], raw products
+    spec: AttentionSpec,
+    scale: jax.Array | float,
+) -> tuple[jax.Array, jax.Array | float]:
+    """(x, c): the logits in units of log2 are x * c, a product that later fuses with the subtraction of the maximum."""
+    if spec.soft_cap is None:
+        return s, scale * _LOG2E
+    return jnp.tanh(s * (scale * (1.0 / spec.soft_cap))), spec.soft_cap * _LOG2E
+
+
+def mask(
+    x: jax.Array,  # float32[M, N]
     q_pos: jax.Array,  # int32[M, N]
     kv_pos: jax.Array,  # int32[M, N]
     spec: AttentionSpec,
-    scale: jax.Array | float,
-) -> jax.Array:  # float32[M, N], in units of log2
-    """Scale, soft cap and the causal and window mask."""
-    visible = kv_pos <= q_pos
+    end_key: jax.Array | None = None,  # of keys at or past it, others take care
+) -> jax.Array:  # float32[M, N]
+    """-inf where the causal rule or the window hides the key."""
+    visible = kv_pos <= (q_pos if end_key is None else jnp.minimum(q_pos, end_key - 1))
     if spec.sliding_window is not None:
         visible &= kv_pos > q_pos - spec.sliding_window
-    return jnp.where(visible, scaled_scores(s, spec, scale), -jnp.inf)
-
-
-def scaled_scores(s: jax.Array, spec: AttentionSpec, scale: jax.Array | float) -> jax.Array:
-    """Raw products to logits in units of log2."""
-    if spec.soft_cap is None:
-        return s * (scale * _LOG2E)
-    return jnp.tanh(s * (scale * (1.0 / spec.soft_cap))) * (spec.soft_cap * _LOG2E)
+    return jnp.where(visible, x, -jnp.inf)
 
 
 def rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -121,14 +126,15 @@ def zero_rows_past(v_ref: Any, first_pos: jax.Array, kv_len: jax.Array) -> None:
 
 
 def online_softmax(
-    s: jax.Array,  # float32[M, N], log2 units, masked entries -inf
+    x: jax.Array,  # float32[M, N], masked entries -inf
+    c: jax.Array | float,  # positive
     m: jax.Array,  # float32[M]
     l: jax.Array,  # float32[M]
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One step: (p, alpha, new m, new l)."""
-    m_new = jnp.maximum(m, s.max(axis=1))
+    """One step on the logits x * c (units of log2): (p, alpha, new m, new l)."""
+    m_new = jnp.maximum(m, x.max(axis=1) * c)
     alpha = jnp.exp2(m - m_new)
-    p = jnp.exp2(s - rows_of(m_new, s))
+    p = jnp.exp2(x * c - rows_of(m_new, x))
     return p, alpha, m_new, l * alpha + p.sum(axis=1)
 
 
@@ -139,10 +145,12 @@ def new_accumulator(rows: int, dim: int) -> tuple[jax.Array, jax.Array, jax.Arra
     return acc, per_row(jnp.full((rows,), _NEGATIVE, jnp.float32)), per_row(jnp.zeros((rows,), jnp.float32))
 
 
-def _segments(tiles_ref: Any, workers_ref: Any, worker: jax.Array, num_kv_heads: int, body: Any) -> None:
+def _segments(
+    tiles_ref: Any, workers_ref: Any, worker: jax.Array, num_kv_heads: int, step_units: int, body: Any
+) -> None:
     """Walks a worker's share; ``body(segment, tile, head, unit, num, step)`` does ``num`` units of one tile and head.
 
-    ``segment`` and ``step`` count the segments and the units that came before.
+    ``segment`` and ``step`` count the segments and the steps (of up to ``step_units`` units) that came before.
     """
 
     def one(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -157,7 +165,7 @@ def _segments(tiles_ref: Any, workers_ref: Any, worker: jax.Array, num_kv_heads:
             jnp.where(last_head, 0, head + 1),
             jnp.int32(0),
             left - num,
-            step + num,
+            step + pl.cdiv(num, step_units),
         )
 
     start = (
@@ -189,7 +197,8 @@ def decode(
     N, _, Hk, B, _ = values.shape
     G, PG, TQ = Hq // Hk, group_rows(spec), tile_tokens(spec)
     fp8 = scales is not None
-    streams, stages = config.streams, config.stages
+    streams, stages, BK = config.streams, config.stages, config.block_kv
+    units = BK // plan.UNIT
     num_workers = config.num_ctas * streams
     P = block_table.shape[1]
     operands = [q.reshape(T * Hq, D), values.reshape(N * 2 * Hk, B, D), block_table, work.tiles, work.workers]
@@ -210,6 +219,8 @@ def decode(
         tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
         raw = smem_tile((streams, 2, config.raw_stages, plan.UNIT, D), values.dtype)
         raw_full = plgpu.Barrier(num_barriers=(streams, 2, config.raw_stages))
+        produced = plgpu.Barrier(num_arrivals=1 if fp8 else units, num_barriers=(streams, stages))
+        consumed = plgpu.Barrier(num_barriers=(streams, stages))
         pl.run_scoped(
             functools.partial(
                 body,
@@ -225,8 +236,8 @@ def decode(
                 lse_ref,
             ),
             plgpu.SMEM((streams, ROWS, D), jnp.bfloat16),
-            tile((streams, stages, plan.UNIT, D)),
-            tile((streams, stages, plan.UNIT, D)),
+            tile((streams, stages, BK, D)),
+            tile((streams, stages, BK, D)),
             # A segment's queries, then its output or its partial results.
             plgpu.RefUnion(
                 tile((streams, ROWS, D)),
@@ -235,7 +246,7 @@ def decode(
             ),
             plgpu.Barrier(num_arrivals=TQ, num_barriers=(streams,)),
             plgpu.Barrier(num_barriers=(streams,)),
-            [plgpu.Barrier(num_barriers=(streams, stages)) for _ in range(4)],
+            [produced, produced, consumed, consumed],
             [raw, raw_full] if fp8 else [],
             collective_axes="wg",
         )
@@ -272,58 +283,64 @@ def decode(
         def fetch(segment, tile, head, unit, num, step):
             fetch_q(segment, tile, head)
 
-            @pl.loop(0, num)
+            @pl.loop(0, pl.cdiv(num, units))
             def _(j):
                 slot = lax.rem(step + j, jnp.int32(stages))
-                index, row = block_rows(tile, head, unit + j)
+                # The last step's units past the segment's last one repeat it: masked, but finite.
+                places = [block_rows(tile, head, unit + jnp.minimum(j * units + u, num - 1)) for u in range(units)]
                 for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
 
                     @pl.when(step + j >= stages)
                     def _(free=free):
                         plgpu.barrier_wait(free.at[stream, slot])
 
-                    plgpu.copy_gmem_to_smem(
-                        kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
-                        smem.at[stream, slot],
-                        full.at[stream, slot],
-                    )
+                    for u, (index, row) in enumerate(places):
+                        plgpu.copy_gmem_to_smem(
+                            kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
+                            smem.at[stream, slot, pl.ds(u * plan.UNIT, plan.UNIT)],
+                            full.at[stream, slot],
+                        )
 
         def fetch_fp8(part, segment, tile, head, unit, num, step):
             """K (part 0) or V (part 1), fetched ahead into ``raw`` and widened from there."""
             raw_smem, raw_full = raw
             smem, full, free = ((k_smem, k_full, k_free), (v_smem, v_full, v_free))[part]
             ahead = config.raw_stages - 1
+            num_steps = pl.cdiv(num, units)
 
-            def load(j):
-                slot = lax.rem(step + j, jnp.int32(config.raw_stages))
-                index, row = block_rows(tile, head, unit + j)
+            def load(n):
+                slot = lax.rem(step * units + n, jnp.int32(config.raw_stages))
+                index, row = block_rows(tile, head, unit + jnp.minimum(n, num - 1))
                 plgpu.copy_gmem_to_smem(
                     kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
                     raw_smem.at[stream, part, slot],
                     raw_full.at[stream, part, slot],
                 )
 
-            pl.loop(0, jnp.minimum(num, ahead))(load)
+            pl.loop(0, jnp.minimum(num_steps * units, ahead))(load)
             if part == 0:
                 fetch_q(segment, tile, head)
 
-            @pl.loop(0, num)
+            @pl.loop(0, num_steps)
             def _(j):
-                slot, raw_slot = lax.rem(step + j, jnp.int32(stages)), lax.rem(step + j, jnp.int32(config.raw_stages))
-
-                # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
-                @pl.when(j + ahead < num)
-                def _():
-                    load(j + ahead)
-
-                plgpu.barrier_wait(raw_full.at[stream, part, raw_slot])
+                slot = lax.rem(step + j, jnp.int32(stages))
 
                 @pl.when(step + j >= stages)
                 def _():
                     plgpu.barrier_wait(free.at[stream, slot])
 
-                widen(raw_smem.at[stream, part, raw_slot], smem.at[stream, slot])
-                plgpu.commit_smem()
+                for u in range(units):
+                    n = j * units + u
+                    raw_slot = lax.rem(step * units + n, jnp.int32(config.raw_stages))
+
+                    # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
+                    @pl.when(n + ahead < num_steps * units)
+                    def _(n=n):
+                        load(n + ahead)
+
+                    plgpu.barrier_wait(raw_full.at[stream, part, raw_slot])
+                    widen(raw_smem.at[stream, part, raw_slot], smem.at[stream, slot, pl.ds(u * plan.UNIT, plan.UNIT)])
+                    plgpu.commit_smem()
                 plgpu.barrier_arrive(full.at[stream, slot])
 
         fetchers = [functools.partial(fetch_fp8, part) for part in (0, 1)] if fp8 else [fetch]
@@ -333,7 +350,7 @@ def decode(
             kv_len, tile_units = tiles_ref[tile, plan.KV_LEN], tiles_ref[tile, plan.NUM_UNITS]
             first_key = (tiles_ref[tile, plan.FIRST_UNIT] + unit) * plan.UNIT
             k_scale, v_scale = (scales_ref[0, head], scales_ref[1, head]) if fp8 else (1.0, 1.0)
-            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, plan.UNIT), layout=plgpu.Layout.WGMMA)
+            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, BK), layout=plgpu.Layout.WGMMA)
             # The copies out of the union of the segment before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_wait(q_full.at[stream])
@@ -341,35 +358,45 @@ def decode(
             plgpu.commit_smem()
             plgpu.barrier_arrive(q_free.at[stream])
 
-            def step_fn(j, carry):
+            num_steps, end_key = pl.cdiv(num, units), first_key + num * plan.UNIT
+
+            def step_fn(j, carry, masked):
                 acc, m, l = carry
                 slot = lax.rem(step + j, jnp.int32(stages))
-                key = first_key + j * plan.UNIT
+                key = first_key + j * BK
                 plgpu.barrier_wait(k_full.at[stream, slot])
 
                 def scores(ref):
                     plgpu.wgmma(ref, q_smem.at[stream], k_smem.at[stream, slot].transpose((1, 0)))
                     return ref[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC((ROWS, plan.UNIT), jnp.float32))
+                s = pl.run_scoped(scores, plgpu.ACC((ROWS, BK), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[stream, slot])
-                s = masked_scores(
-                    s, first_pos + iota(dimension=0) // PG, key + iota(dimension=1), spec, spec.scale * k_scale
-                )
-                p, alpha, m, l = online_softmax(s, m, l)
+                x, c = logits(s, spec, spec.scale * k_scale)
+                if masked:
+                    q_pos, kv_pos = first_pos + iota(dimension=0) // PG, key + iota(dimension=1)
+                    x = mask(x, q_pos, kv_pos, spec, end_key if units > 1 else None)
+                p, alpha, m, l = online_softmax(x, c, m, l)
                 acc = acc * rows_of(alpha, acc)
                 p16 = p.astype(mma_dtype(spec))
                 plgpu.barrier_wait(v_full.at[stream, slot])
+                if masked:
 
-                @pl.when(key + plan.UNIT > kv_len)
-                def _():
-                    zero_rows_past(v_smem.at[stream, slot], key, kv_len)
+                    @pl.when(key + BK > kv_len)
+                    def _():
+                        zero_rows_past(v_smem.at[stream, slot], key, kv_len)
 
                 acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p16, v_smem.at[stream, slot]))(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(v_free.at[stream, slot])
                 return acc, m, l
 
-            acc, m, l = lax.fori_loop(0, num, step_fn, new_accumulator(ROWS, D))
+            carry, whole_end = new_accumulator(ROWS, D), 0
+            if spec.sliding_window is None:
+                # Steps that every query sees whole need no mask.
+                seen = jnp.minimum(first_pos + 1 - first_key, num * plan.UNIT)
+                whole_end = lax.div(jnp.maximum(seen, 0), jnp.int32(BK))
+                carry = lax.fori_loop(0, whole_end, functools.partial(step_fn, masked=False), carry)
+            acc, m, l = lax.fori_loop(whole_end, num_steps, functools.partial(step_fn, masked=True), carry)
             if sinks_ref is not None:
                 # In the piece with the last unit only: the combination adds the pieces' sums.
                 sink = plgpu.load(sinks_ref.at[head], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
@@ -409,7 +436,7 @@ def decode(
 
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        walk = functools.partial(_segments, tiles_ref, workers_ref, worker, Hk)
+        walk = functools.partial(_segments, tiles_ref, workers_ref, worker, Hk, units)
 
         @pl.when(wg < streams)
         def _compute():

@@ -21,13 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 from pallas_kernels.ragged_paged_attention.gpu_decode import (
     _LOG2E,
-    masked_scores,
+    logits,
+    mask,
     mma_dtype,
     new_accumulator,
     online_softmax,
     queries,
     rows_of,
-    scaled_scores,
     smem_tile,
     widen,
     zero_rows_past,
@@ -248,13 +248,11 @@ def prefill(
 
                 s = pl.run_scoped(scores, plgpu.ACC((WG_ROWS, BK), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
+                x, c = logits(s, spec, spec.scale * k_scale)
                 if masked:
                     token = lax.rem(iota(dimension=0) + wg * WG_ROWS, jnp.int32(TQ))
-                    key = first_key + j * BK
-                    s = masked_scores(s, first_pos + token, key + iota(dimension=1), spec, spec.scale * k_scale)
-                else:
-                    s = scaled_scores(s, spec, spec.scale * k_scale)
-                p, alpha, m, l = online_softmax(s, m, l)
+                    x = mask(x, first_pos + token, first_key + j * BK + iota(dimension=1), spec)
+                p, alpha, m, l = online_softmax(x, c, m, l)
                 acc = acc * rows_of(alpha, acc)
                 p16 = p.astype(mma_dtype(spec))
                 acc, l, m, p16 = lax.optimization_barrier((acc, l, m, p16))
