@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -334,3 +335,32 @@ class World:
             if choice.finish_reason in ("stop", "length", "repetition"):
                 assert output == answer, f"{choice} ended early"
                 assert choice.finish_reason == reason, f"{choice}: {choice.finish_reason} instead of {reason}"
+
+
+def make_config(**changes: Any) -> SchedulerConfig:
+    """A small scheduler without surprises: no adaptation, no run-ahead, plenty of blocks."""
+    settings: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "max_model_len": 32,
+        "max_num_batched_tokens": 64,
+        "block_size": 4,
+        "num_blocks": 64,
+        "adaptive_drafts": None,
+        "run_ahead": 0,
+    }
+    return SchedulerConfig(**{**settings, **changes})
+
+
+def make_world(model: HashModel | None = None, **changes: Any) -> World:
+    """A world of that, whose answers don't end by themselves."""
+    return World(make_config(**changes), model or HashModel(eos_every=0))
+
+
+def everything(most: int) -> tuple[int, int]:
+    """All drafts are found, and right."""
+    return most, most
+
+
+def nothing(most: int) -> tuple[int, int]:
+    """All drafts are found, and wrong."""
+    return most, 0
