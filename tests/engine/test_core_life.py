@@ -95,11 +95,13 @@ def test_abort_at_every_phase(what, run_ahead):
         others = [make_choice(prompt_len=4, max_tokens=3), make_choice(prompt_len=9, max_tokens=4)]
         victim = make_choice(prompt_len=35, max_tokens=4)
 
-        def hook(kind, number, phase=phase, victim=victim):
+        core = make_core(runner := FakeRunner(), **settings)
+
+        def hook(kind, number, phase=phase, victim=victim, core=core):
             if (kind, number) == (what, phase):
                 core.finish(victim.choice_id, "abort")
 
-        core = make_core(FakeRunner(hook), **settings)
+        runner.hook = hook
         sink = run(core, [*others, victim, last := make_choice(prompt_len=6, max_tokens=3)])
         for choice in [*others, last]:
             assert sink.tokens(choice) == expected(choice) and sink.reason(choice) == "length"
