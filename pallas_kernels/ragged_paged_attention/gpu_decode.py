@@ -9,12 +9,14 @@ gpu_combine.py joins.
 A worker is a pair of warpgroups: one fetches through the block table with TMA, running ahead across tile borders, the
 other computes: S = Q K^T (wgmma), online softmax in float32 registers, O += P V. With fp8 there are two that fetch, one
 for K and one for V, and they widen what they fetched.
+
+A unit of D = 128 is 32 KB of K and V and 2 * 2 * 64 * 64 * 128 = 2.1 MFLOP, most of them on padding rows: at the full
+bandwidth of an H100 that is a quarter of its tensor peak, and 4 stages keep 128 KB in flight on each multiprocessor.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +27,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
+from pallas_kernels.ragged_paged_attention.gpu_tile import (
+    LOG2E,
+    logits,
+    mask,
+    mma_dtype,
+    new_accumulator,
+    online_softmax,
+    queries,
+    rows_of,
+    smem_tile,
+    widen,
+    zero_rows_past,
+)
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec
 
 ROWS = 64  # of a tile: M of one wgmma
-_NEGATIVE = -1e30  # start of running maxima: finite, so that a wholly masked row has alpha = 1 and p = 0
-_LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -55,96 +68,6 @@ def tile_tokens(spec: AttentionSpec) -> int:
     return ROWS // group_rows(spec)
 
 
-def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
-    """``[..., rows, D]`` tiles in shared memory in the layout that TMA writes and wgmma reads."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = min(128, shape[-1] * itemsize)
-    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def mma_dtype(spec: AttentionSpec) -> Any:
-    """fp8 is widened to float16, which holds it exactly and costs one instruction for two values."""
-    return jnp.float16 if spec.kv_dtype == "float8_e4m3fn" else jnp.bfloat16
-
-
-def queries(raw_ref: Any, spec: AttentionSpec) -> jax.Array:
-    """A [64, D] tile of queries in ``mma_dtype``."""
-    q = plgpu.load(raw_ref, layout=plgpu.Layout.WGMMA, optimized=False)
-    if mma_dtype(spec) == jnp.float16:
-        limit = float(jnp.finfo(jnp.float16).max)
-        q = jnp.clip(q.astype(jnp.float32), -limit, limit).astype(jnp.float16)
-    return q
-
-
-def widen(raw_ref: Any, ref: Any) -> None:
-    """fp8 to float16, shared memory to shared memory."""
-    ref[...] = plgpu.load(raw_ref, layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float16)
-
-
-def logits(
-    s: jax.Array,  # float32[M, N], raw products
-    spec: AttentionSpec,
-    scale: jax.Array | float,
-) -> tuple[jax.Array, jax.Array | float]:
-    """(x, c): the logits in units of log2 are x * c, a product that later fuses with the subtraction of the maximum."""
-    if spec.soft_cap is None:
-        return s, scale * _LOG2E
-    return jnp.tanh(s * (scale * (1.0 / spec.soft_cap))), spec.soft_cap * _LOG2E
-
-
-def mask(
-    x: jax.Array,  # float32[M, N]
-    q_pos: jax.Array,  # int32[M, N]
-    kv_pos: jax.Array,  # int32[M, N]
-    spec: AttentionSpec,
-    end_key: jax.Array | None = None,  # of keys at or past it, others take care
-) -> jax.Array:  # float32[M, N]
-    """-inf where the causal rule or the window hides the key."""
-    visible = kv_pos <= (q_pos if end_key is None else jnp.minimum(q_pos, end_key - 1))
-    if spec.sliding_window is not None:
-        visible &= kv_pos > q_pos - spec.sliding_window
-    return jnp.where(visible, x, -jnp.inf)
-
-
-def rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
-    """A value for each row, spread over the columns."""
-    return lax.broadcast_in_dim(x, like.shape, [0])
-
-
-def zero_rows_past(v_ref: Any, first_pos: jax.Array, kv_len: jax.Array) -> None:
-    """Clears the V rows of positions at or past ``kv_len``: nobody wrote them, and 0 * NaN is NaN."""
-    rows, dim = v_ref.shape
-    pos = first_pos + plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA)
-    # In pieces, for want of registers.
-    for row in range(0, rows, 64):
-        for column in range(0, dim, 64):
-            piece = v_ref.at[pl.ds(row, 64), pl.ds(column, 64)]
-            v = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
-            piece[...] = jnp.where(pos + row < kv_len, v, jnp.zeros_like(v))
-    plgpu.commit_smem()
-
-
-def online_softmax(
-    x: jax.Array,  # float32[M, N], masked entries -inf
-    c: jax.Array | float,  # positive
-    m: jax.Array,  # float32[M]
-    l: jax.Array,  # float32[M]
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One step on the logits x * c (units of log2): (p, alpha, new m, new l)."""
-    m_new = jnp.maximum(m, x.max(axis=1) * c)
-    alpha = jnp.exp2(m - m_new)
-    p = jnp.exp2(x * c - rows_of(m_new, x))
-    return p, alpha, m_new, l * alpha + p.sum(axis=1)
-
-
-def new_accumulator(rows: int, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(acc, m, l) before any key."""
-    per_row = functools.partial(plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA.reduce(1))
-    acc = plgpu.layout_cast(jnp.zeros((rows, dim), jnp.float32), plgpu.Layout.WGMMA)
-    return acc, per_row(jnp.full((rows,), _NEGATIVE, jnp.float32)), per_row(jnp.zeros((rows,), jnp.float32))
-
-
 def _segments(
     tiles_ref: Any, workers_ref: Any, worker: jax.Array, num_kv_heads: int, step_units: int, body: Any
 ) -> None:
@@ -153,7 +76,7 @@ def _segments(
     ``segment`` and ``step`` count the segments and the steps (of up to ``step_units`` units) that came before.
     """
 
-    def one(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def one(carry: Any) -> Any:
         segment, tile, head, unit, left, step = carry
         tile_units = tiles_ref[tile, plan.NUM_UNITS]
         num = jnp.minimum(tile_units - unit, left)
@@ -196,26 +119,29 @@ def decode(
     T, Hq, D = q.shape
     N, _, Hk, B, _ = values.shape
     G, PG, TQ = Hq // Hk, group_rows(spec), tile_tokens(spec)
-    fp8 = scales is not None
+    fp8 = spec.kv_dtype == "float8_e4m3fn"
     streams, stages, BK = config.streams, config.stages, config.block_kv
     units = BK // plan.UNIT
     num_workers = config.num_ctas * streams
     P = block_table.shape[1]
-    operands = [q.reshape(T * Hq, D), values.reshape(N * 2 * Hk, B, D), block_table, work.tiles, work.workers]
+    operands: list[Any] = [
+        q.reshape(T * Hq, D),
+        values.reshape(N * 2 * Hk, B, D),
+        block_table,
+        work.tiles,
+        work.workers,
+    ]
     if fp8:
         operands.append(scales)
     if sinks is not None:
         # Row r of every tile of KV head h has the sink of query head h * G + r % PG.
-        padded = jnp.pad(sinks.reshape(Hk, G) * _LOG2E, ((0, 0), (0, PG - G)))
+        padded = jnp.pad(sinks.reshape(Hk, G) * LOG2E, ((0, 0), (0, PG - G)))
         operands.append(jnp.tile(padded, (1, TQ)).astype(jnp.float32))
 
     def kernel(*refs: Any) -> None:
-        refs = list(refs)
-        q_ref, kv_ref, table_ref, tiles_ref, workers_ref = refs[:5]
-        del refs[:5]
-        scales_ref = refs.pop(0) if fp8 else None
-        sinks_ref = refs.pop(0) if sinks is not None else None
-        out_ref, part_ref, lse_ref = refs
+        q_ref, kv_ref, table_ref, tiles_ref, workers_ref, *optional, out_ref, part_ref, lse_ref = refs
+        scales_ref = optional.pop(0) if fp8 else None
+        sinks_ref = optional.pop(0) if sinks is not None else None
         tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
         raw = smem_tile((streams, 2, config.raw_stages, plan.UNIT, D), values.dtype)
         raw_full = plgpu.Barrier(num_barriers=(streams, 2, config.raw_stages))
@@ -390,7 +316,7 @@ def decode(
                 plgpu.barrier_arrive(v_free.at[stream, slot])
                 return acc, m, l
 
-            carry, whole_end = new_accumulator(ROWS, D), 0
+            carry, whole_end = new_accumulator(ROWS, D), jnp.int32(0)
             if spec.sliding_window is None:
                 # Steps that every query sees whole need no mask.
                 seen = jnp.minimum(first_pos + 1 - first_key, num * plan.UNIT)
@@ -422,7 +348,7 @@ def decode(
                 # A worker has at most two pieces: its first segment, and its last.
                 index = worker * 2 + jnp.where(segment == 0, 0, 1)
                 # Spread over the columns, so that the combination is elementwise.
-                lse = m + jnp.log(l_safe) * _LOG2E
+                lse = m + jnp.log(l_safe) * LOG2E
                 for value, ref in ((out, part_ref), (rows_of(lse, out), lse_ref)):
                     part_smem.at[stream][...] = value
                     plgpu.commit_smem()

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
-from pallas_kernels.ragged_paged_attention.gpu_decode import (
-    _LOG2E,
+from pallas_kernels.ragged_paged_attention.gpu_tile import (
+    LOG2E,
     logits,
     mask,
     mma_dtype,
@@ -72,21 +72,18 @@ def prefill(
     P = block_table.shape[1]
     units, stages = BK // plan.UNIT, config.stages
     heads_per_wg, wg_tokens = max(WG_ROWS // TQ, 1), min(TQ, WG_ROWS)
-    fp8 = scales is not None
-    operands = [q, values.reshape(N * 2 * Hk, B, D), block_table, work.tiles, work.num_tiles]
+    fp8 = spec.kv_dtype == "float8_e4m3fn"
+    operands: list[Any] = [q, values.reshape(N * 2 * Hk, B, D), block_table, work.tiles, work.num_tiles]
     if fp8:
         operands.append(scales)
     if sinks is not None:
-        padded = jnp.pad(sinks.reshape(Hk, G) * _LOG2E, ((0, 0), (0, ROWS // TQ - G)))
+        padded = jnp.pad(sinks.reshape(Hk, G) * LOG2E, ((0, 0), (0, ROWS // TQ - G)))
         operands.append(jnp.repeat(padded, TQ, axis=1).astype(jnp.float32))
 
     def kernel(*refs: Any) -> None:
-        refs = list(refs)
-        q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref = refs[:5]
-        del refs[:5]
-        scales_ref = refs.pop(0) if fp8 else None
-        sinks_ref = refs.pop(0) if sinks is not None else None
-        (out,) = refs
+        q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref, *optional, out = refs
+        scales_ref = optional.pop(0) if fp8 else None
+        sinks_ref = optional.pop(0) if sinks is not None else None
         tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
         raw = smem_tile((config.raw_stages, plan.UNIT, D), values.dtype)
         consumed = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
@@ -287,7 +284,7 @@ def prefill(
                 whole_end = jnp.maximum(whole_end, whole_start)
                 carry = lax.fori_loop(0, whole_start, masked_step, carry)
             else:
-                whole_start = 0
+                whole_start = jnp.int32(0)
             carry = lax.fori_loop(whole_start, whole_end, functools.partial(step, masked=False), carry)
             acc, m, l = lax.fori_loop(whole_end, num_steps, masked_step, carry)
 

@@ -1,0 +1,113 @@
+"""Arithmetic on one tile that the decode and the prefill kernel share: what a computing warpgroup does with registers.
+
+Matrices are in the WGMMA layout, values for each row in its reduction. Logits are in units of log2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec
+
+LOG2E = math.log2(math.e)
+_NO_MAXIMUM = -1e30  # start of running maxima: finite, so that a wholly masked row has alpha = 1 and p = 0
+
+
+def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
+    """``[..., rows, D]`` tiles in shared memory in the layout that TMA writes and wgmma reads."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = min(128, shape[-1] * itemsize)
+    # An empty method of the base class looks abstract to mypy.
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]
+    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def mma_dtype(spec: AttentionSpec) -> Any:
+    """fp8 is widened to float16, which holds it exactly and costs one instruction for two values."""
+    return jnp.float16 if spec.kv_dtype == "float8_e4m3fn" else jnp.bfloat16
+
+
+def queries(raw_ref: Any, spec: AttentionSpec) -> jax.Array:
+    """A [64, D] tile of queries in ``mma_dtype``."""
+    q = plgpu.load(raw_ref, layout=plgpu.Layout.WGMMA, optimized=False)
+    if mma_dtype(spec) == jnp.float16:
+        limit = float(jnp.finfo(jnp.float16).max)
+        q = jnp.clip(q.astype(jnp.float32), -limit, limit).astype(jnp.float16)
+    return q
+
+
+def widen(raw_ref: Any, ref: Any) -> None:
+    """fp8 to float16, shared memory to shared memory."""
+    ref[...] = plgpu.load(raw_ref, layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float16)
+
+
+def logits(
+    s: jax.Array,  # float32[M, N], raw products
+    spec: AttentionSpec,
+    scale: jax.Array | float,
+) -> tuple[jax.Array, jax.Array | float]:
+    """(x, c): the logits in units of log2 are x * c, a product that later fuses with the subtraction of the maximum."""
+    if spec.soft_cap is None:
+        return s, scale * LOG2E
+    return jnp.tanh(s * (scale * (1.0 / spec.soft_cap))), spec.soft_cap * LOG2E
+
+
+def mask(
+    x: jax.Array,  # float32[M, N]
+    q_pos: jax.Array,  # int32[M, N]
+    kv_pos: jax.Array,  # int32[M, N]
+    spec: AttentionSpec,
+    end_key: jax.Array | None = None,  # of keys at or past it, others take care
+) -> jax.Array:  # float32[M, N]
+    """-inf where the causal rule or the window hides the key."""
+    visible = kv_pos <= (q_pos if end_key is None else jnp.minimum(q_pos, end_key - 1))
+    if spec.sliding_window is not None:
+        visible &= kv_pos > q_pos - spec.sliding_window
+    return jnp.where(visible, x, -jnp.inf)
+
+
+def rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A value for each row, spread over the columns."""
+    return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def zero_rows_past(v_ref: Any, first_pos: jax.Array, kv_len: jax.Array) -> None:
+    """Clears the V rows of positions at or past ``kv_len``: nobody wrote them, and 0 * NaN is NaN."""
+    rows, dim = v_ref.shape
+    pos = first_pos + plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA)
+    # In pieces, for want of registers.
+    for row in range(0, rows, 64):
+        for column in range(0, dim, 64):
+            piece = v_ref.at[pl.ds(row, 64), pl.ds(column, 64)]
+            v = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
+            piece[...] = jnp.where(pos + row < kv_len, v, jnp.zeros_like(v))
+    plgpu.commit_smem()
+
+
+def online_softmax(
+    x: jax.Array,  # float32[M, N], masked entries -inf
+    c: jax.Array | float,  # positive
+    m: jax.Array,  # float32[M]
+    l: jax.Array,  # float32[M]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One step on the logits x * c (units of log2): (p, alpha, new m, new l)."""
+    m_new = jnp.maximum(m, x.max(axis=1) * c)
+    alpha = jnp.exp2(m - m_new)
+    p = jnp.exp2(x * c - rows_of(m_new, x))
+    return p, alpha, m_new, l * alpha + p.sum(axis=1)
+
+
+def new_accumulator(rows: int, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(acc, m, l) before any key."""
+    per_row = functools.partial(plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA.reduce(1))
+    acc = plgpu.layout_cast(jnp.zeros((rows, dim), jnp.float32), plgpu.Layout.WGMMA)
+    return acc, per_row(jnp.full((rows,), _NO_MAXIMUM, jnp.float32)), per_row(jnp.zeros((rows,), jnp.float32))
