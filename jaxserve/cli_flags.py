@@ -16,7 +16,7 @@ import tyro
 
 from jaxserve.config import EngineConfig, Limits, read_toml
 from jaxserve.errors import ConfigError
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import RepetitionDetection, SamplingParams
 
 # Both dataclasses have these; the plain flag is the request's.
 RENAMED = {"seed": "engine_seed", "max_seconds": "engine_max_seconds"}
@@ -104,11 +104,12 @@ def _read(path: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     known = {f.name for f in fields(EngineConfig)}
     if unknown := sorted(set(engine) - known):
         raise ConfigError(f"{path!r} has an unknown engine setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    if "limits" in engine:
-        limits = {f.name for f in fields(Limits)}
-        if unknown := sorted(set(engine["limits"]) - limits):
-            raise ConfigError(f"{path!r} has an unknown limit {unknown[0]!r}; known: {', '.join(sorted(limits))}")
-        engine["limits"] = Limits(**engine["limits"])
+    for table, cls in (("limits", Limits), ("repetition_detection", RepetitionDetection)):
+        if table in engine:
+            known = {f.name for f in fields(cls)}
+            if unknown := sorted(set(engine[table]) - known):
+                raise ConfigError(f"{path!r} has an unknown {table}.{unknown[0]}; known: {', '.join(sorted(known))}")
+            engine[table] = cls(**engine[table])
     if refused := [name for name in sampling if name in NOT_IN_FILES]:
         raise ConfigError(f"{path!r} sets sampling.{refused[0]}, which the command line doesn't offer")
     SamplingParams.from_dict(sampling)

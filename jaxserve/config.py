@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
+from jaxserve.sampling_params import RepetitionDetection
 
 DType = Literal["auto", "float32", "bfloat16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
@@ -79,7 +80,11 @@ class EngineConfig:
         run_ahead: steps dispatched before the oldest result is read.
         default_max_tokens: for requests with ``max_tokens=None``; None is what the context leaves.
         max_output_tokens: ceiling that every request's max_tokens must respect; None is max_model_len - 1.
-        max_seconds: wall-clock limit of every request.
+        max_seconds: wall-clock limit of every request, in seconds; a request may ask for a shorter one.
+        repetition: what to do about a request whose output has become a verbatim loop: "off", "warn" (count it once a
+            request, in the statistics), "stop" (with finish_reason "repetition"). A request that brings its own
+            repetition_detection is stopped in any case.
+        repetition_detection: what counts as a loop: a RepetitionDetection or a dict of its fields.
         watchdog_seconds: a step that takes longer than this kills the engine, loudly.
         strict_compile: an executable born after warm-up is an error instead of a counted warning.
         compilation_cache_dir: JAX's persistent compilation cache.
@@ -108,6 +113,8 @@ class EngineConfig:
     default_max_tokens: int | None = None
     max_output_tokens: int | None = None
     max_seconds: float | None = None
+    repetition: Literal["off", "warn", "stop"] = "warn"
+    repetition_detection: RepetitionDetection = RepetitionDetection()
     watchdog_seconds: float = 300.0
     strict_compile: bool = False
     compilation_cache_dir: str | None = None
@@ -120,6 +127,7 @@ class EngineConfig:
             ("load_format", ("auto", "safetensors", "gguf", "orbax", "dummy")),
             ("attention_implementation", ("auto", "xla", "pallas_gpu", "pallas_tpu")),
             ("scheduling_policy", ("fcfs", "priority")),
+            ("repetition", ("off", "warn", "stop")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
@@ -139,6 +147,19 @@ class EngineConfig:
                 _integer(self, name, low)
         if isinstance(self.speculative_config, Mapping):
             object.__setattr__(self, "speculative_config", _from_dict(SpeculativeConfig, self.speculative_config))
+        if isinstance(self.repetition_detection, Mapping):
+            object.__setattr__(self, "repetition_detection", _from_dict(RepetitionDetection, self.repetition_detection))
+        if not isinstance(self.repetition_detection, RepetitionDetection):
+            raise ConfigError(
+                f"repetition_detection is {self.repetition_detection!r}; allowed: a RepetitionDetection or its fields"
+            )
+        _integer(self.repetition_detection, "min_pattern_size", 1)
+        _integer(self.repetition_detection, "max_pattern_size", self.repetition_detection.min_pattern_size)
+        _integer(self.repetition_detection, "min_count", 2)
+        for name in ("max_seconds", "watchdog_seconds"):
+            seconds = getattr(self, name)
+            if not (seconds is None and name == "max_seconds") and not _above_zero(seconds):
+                raise ConfigError(f"{name} is {seconds!r}; allowed: a number of seconds above 0")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; allowed: a share in (0, 1]")
 
@@ -159,6 +180,10 @@ def _integer(owner: Any, name: str, low: int) -> None:
     value = getattr(owner, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ConfigError(f"{name} is {value!r}; allowed: an integer of at least {low}")
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -93,6 +93,15 @@ def test_wrong_speculation_is_refused(text):
         cli_flags.parse("p", "", ["--model", "m", "--speculative-config", text], [])
 
 
+def test_repetition_is_flags_and_a_table_of_a_file(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('repetition = "stop"\n[repetition_detection]\nmin_count = 5\n')
+    args = ["--model", "m", "--config", str(file), "--repetition-detection.max-pattern-size", "9"]
+    engine = cli_flags.parse("p", "", args, []).engine
+    rule = engine.repetition_detection
+    assert (engine.repetition, rule.min_count, rule.max_pattern_size, rule.min_pattern_size) == ("stop", 5, 9, 1)
+
+
 def test_limits_are_flags():
     settings = cli_flags.parse("p", "", ["--model", "m", "--limits.max-logprobs", "5"], [])
     assert settings.engine.limits.max_logprobs == 5
@@ -183,7 +192,8 @@ def test_help_and_usage(capsys):
         ("colour = 1", "'colour'"),
         ("[sampling]\ncolour = 1", "'colour'"),
         ("[sampling]\nn = 2", "sampling.n"),
-        ("[limits]\ncolour = 1", "'colour'"),
+        ("[limits]\ncolour = 1", "limits.colour"),
+        ("[repetition_detection]\ncolour = 1", "repetition_detection.colour"),
         ("model = ", "isn't valid TOML"),
     ],
 )

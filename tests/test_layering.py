@@ -13,7 +13,7 @@ ALLOWED = {
     "pallas_kernels": (),
     "jaxserve.models": ("pallas_kernels",),
     "jaxserve.errors": (),
-    "jaxserve.config": ("jaxserve.errors",),
+    "jaxserve.config": ("jaxserve.errors", "jaxserve.sampling_params"),
     "jaxserve.vllm_arguments": (),
     "jaxserve.sampling_params": ("jaxserve.errors", "jaxserve.vllm_arguments"),
     "jaxserve.outputs": (),

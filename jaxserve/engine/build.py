@@ -264,6 +264,8 @@ def _scheduler_config(config: EngineConfig, runner: RunnerConfig, platform: str)
         policy=config.scheduling_policy,
         run_ahead=config.run_ahead,
         max_seconds=config.max_seconds,
+        repetition=config.repetition,
+        repetition_detection=config.repetition_detection,
         vocab_size=runner.vocab_size,
     )
 
