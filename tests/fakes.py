@@ -7,6 +7,7 @@ the fronts run on it in milliseconds.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -118,6 +119,7 @@ class FakeCore:
         self.ended: dict[int, tuple[str, int | str | None, int]] = {}
         self.submitted: list[Choice] = []
         self.heartbeat = 0.0
+        self.choice_ids = itertools.count()
         self._running: dict[int, _Running] = {}
         self._finishing: list[tuple[int, str, int | str | None]] = []
         self._changed = threading.Condition()

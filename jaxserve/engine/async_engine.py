@@ -93,6 +93,8 @@ class AsyncEngine:
         checked = await asyncio.to_thread(self._builder.check, parse_prompt(prompt), sampling_params, priority)
         if request_id in self._requests:
             raise InvalidRequestError(f"request_id {request_id!r} is in use by a running request")
+        if request_id is None:  # ours are numbers, and so may be a caller's
+            request_id = next(name for name in self._builder.request_ids if name not in self._requests)
         request = self._builder.admit(checked, request_id)
         collector = RequestCollector(request, self.codec, streaming=output_kind != "final")
         self._requests[request.request_id] = collector

@@ -2,22 +2,24 @@
 ``finish`` and events.
 
 An exception anywhere in the loop ends the engine for good: every unfinished choice gets an event with the error,
-and later calls raise ``EngineDeadError``. A step that outlasts the watchdog does the same.
+and later calls raise ``EngineDeadError``. A step that outlasts the watchdog does the same, and so does a loop whose
+thread is gone.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxserve.engine.events import ChoiceEvent
-from jaxserve.errors import CompileAfterWarmupError, EngineDeadError
+from jaxserve.errors import CompileAfterWarmupError, EngineDeadError, InvalidRequestError
 from jaxserve.runner.compile_guard import CompileGuard
 from jaxserve.scheduler.commit import Commit
 from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
@@ -58,6 +60,7 @@ class EngineCore:
     Attributes:
         scheduler, runner: as given; only the core's thread may use them once it is started.
         heartbeat: ``time.monotonic()`` of the loop's last turn.
+        choice_ids: numbers for new choices. All fronts of an engine draw from here, so that no two choices share one.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class EngineCore:
         check_invariants: bool = False,
     ) -> None:
         self.heartbeat = time.monotonic()
+        self.choice_ids: Iterator[int] = itertools.count()
         self.scheduler = scheduler
         self.runner = runner
         self._watchdog_seconds = watchdog_seconds
@@ -77,11 +81,13 @@ class EngineCore:
         self._check_invariants = check_invariants
         self._inbox: deque[Choice | _Finish | Callable[[], None]] = deque()
         self._sinks: dict[int, Sink] = {}
+        self._calls: set[Future[Any]] = set()
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._lock = threading.Condition()
         self._error: BaseException | None = None
         self._stopping = False
         self._busy = False
+        self._hung = False
         self._guard = CompileGuard()
         self._thread: threading.Thread | None = None
 
@@ -102,7 +108,8 @@ class EngineCore:
             self._stopping = True
             self._lock.notify_all()
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+            hung = self._hung  # its step may return never; the watchdog has waited for it long enough
+        if thread is not None and thread is not threading.current_thread() and not hung:
             thread.join(timeout=self._watchdog_seconds)
         self._die(EngineDeadError("the engine was shut down"))
 
@@ -111,22 +118,27 @@ class EngineCore:
 
         Raises:
             EngineDeadError: the engine failed or was shut down.
-            InvalidRequestError: one of them could never run to its end here; none was queued.
+            InvalidRequestError: one of them could never run to its end here, or was submitted before; none was queued.
         """
         for choice in choices:
-            self.scheduler.validate(choice)  # looks at settings only; what fails on the core's thread kills the engine
+            self.scheduler.validate(
+                choice
+            )  # looks at the choice only; what fails on the core's thread kills the engine
+        sinks = {choice.choice_id: sink for choice in choices}
         with self._lock:
             self._raise_if_dead()
-            for choice in choices:
-                self._sinks[choice.choice_id] = sink
+            if len(sinks) < len(choices) or not sinks.keys().isdisjoint(self._sinks):
+                raise InvalidRequestError("a choice_id is in use; allowed: each of EngineCore.choice_ids once")
+            self._sinks |= sinks
             self._inbox.extend(choices)
             self._lock.notify_all()
 
     def finish(self, choice_id: int, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a choice at any moment (abort, stop string). Unknown and finished choices are left alone."""
         with self._lock:
-            self._inbox.append(_Finish(choice_id, reason, stop_reason))
-            self._lock.notify_all()
+            if self._error is None:
+                self._inbox.append(_Finish(choice_id, reason, stop_reason))
+                self._lock.notify_all()
 
     def call[T](self, function: Callable[[Scheduler], T]) -> T:
         """Runs ``function`` on the core's thread, between two steps; waits for it and returns what it returns.
@@ -137,13 +149,10 @@ class EngineCore:
         answer: Future[T] = Future()
         with self._lock:
             self._raise_if_dead()
-            self._inbox.append(lambda: answer.set_result(function(self.scheduler)))
+            self._calls.add(answer)
+            self._inbox.append(lambda: self._answer(answer, function(self.scheduler)))
             self._lock.notify_all()
-        while True:
-            try:
-                return answer.result(timeout=_IDLE_CHECK_SECONDS)
-            except TimeoutError:
-                self.check_health()
+        return answer.result()
 
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine failed or was shut down."""
@@ -161,7 +170,12 @@ class EngineCore:
 
     def _raise_if_dead(self) -> None:
         if self._error is not None:
-            raise EngineDeadError(f"the engine failed: {self._error}") from self._error
+            raise self._dead()
+
+    def _dead(self) -> EngineDeadError:
+        error = EngineDeadError(f"the engine failed: {self._error}")
+        error.__cause__ = self._error
+        return error
 
     # -- the core's thread
 
@@ -246,11 +260,11 @@ class EngineCore:
                 while not self._inbox and not self._stopping:
                     self._lock.wait(_IDLE_CHECK_SECONDS)
                     self.heartbeat = time.monotonic()
-            items = list(self._inbox)
-            self._inbox.clear()
+            num_items = len(self._inbox)
             self._busy = True
             stopping = self._stopping
-        for item in items:
+        for _ in range(num_items):
+            item = self._inbox.popleft()
             if isinstance(item, Choice):
                 self.scheduler.add(item)
             elif isinstance(item, _Finish):
@@ -264,6 +278,12 @@ class EngineCore:
         if choice is not None and self.scheduler.finish(choice, item.reason, item.stop_reason):
             self._emit(Commit(choice, -1, [], item.reason, item.stop_reason), None)
 
+    def _answer(self, call: Future[Any], result: Any) -> None:
+        with self._lock:  # the watchdog may have given up on this call meanwhile
+            if call in self._calls:
+                self._calls.remove(call)
+                call.set_result(result)
+
     # -- the end
 
     def _die(self, error: BaseException) -> None:
@@ -272,8 +292,11 @@ class EngineCore:
             if self._error is None:
                 self._error = error
             sinks, self._sinks = self._sinks, {}
+            calls, self._calls = self._calls, set()
             self._stopping = True
             self._lock.notify_all()
+        for call in calls:
+            call.set_exception(self._dead())
         now = time.monotonic()
         for choice_id, sink in sinks.items():
             event = ChoiceEvent(
@@ -294,17 +317,26 @@ class EngineCore:
                 logger.exception("choice %d can't be told that the engine failed", choice_id)
 
     def _watch(self) -> None:
-        while True:
+        while (trouble := self._trouble()) is None:
             with self._lock:
-                self._lock.wait(min(_IDLE_CHECK_SECONDS, self._watchdog_seconds / 4))
                 if self._error is not None or self._stopping:
                     return
-                silent = time.monotonic() - self.heartbeat
-                hung = self._busy and silent > self._watchdog_seconds
-            if hung:
-                logger.error("no step has returned for %.0f s; the engine gives up", silent)
-                self._die(EngineDeadError(f"no step has returned for {silent:.0f} s (watchdog_seconds)"))
-                return
+                self._lock.wait(min(_IDLE_CHECK_SECONDS, self._watchdog_seconds / 4))
+        logger.error("%s; the engine gives up", trouble)
+        self._die(EngineDeadError(trouble))
+
+    def _trouble(self) -> str | None:
+        """What is wrong with the loop from outside, if anything is."""
+        with self._lock:
+            if self._error is not None or self._stopping or self._thread is None:
+                return None
+            if not self._thread.is_alive():
+                return "the core's thread is gone"
+            silent = time.monotonic() - self.heartbeat
+            if not self._busy or silent <= self._watchdog_seconds:
+                return None
+            self._hung = True
+            return f"no step has returned for {silent:.0f} s (watchdog_seconds)"
 
 
 def _rows(table: Logprobs, row: int, num_tokens: int) -> Logprobs:

@@ -63,8 +63,8 @@ class RequestBuilder:
         self._defaults = dict(engine.sampling_defaults)
         self._seeds = random.Random(engine.config.seed)
         self._seeds_lock = threading.Lock()
-        self._request_ids = itertools.count()
-        self._choice_ids = itertools.count()
+        self.request_ids = map(str, itertools.count())
+        self._choice_ids = engine.core.choice_ids
 
     def check(self, prompt: ParsedPrompt, params: SamplingParams | None, priority: int | None = None) -> CheckedRequest:
         """Validates everything that can be wrong with one request; changes nothing.
@@ -107,7 +107,7 @@ class RequestBuilder:
         if seed is None:
             with self._seeds_lock:
                 seed = self._seeds.getrandbits(SEED_BITS)
-        request_id = str(next(self._request_ids)) if request_id is None else request_id
+        request_id = next(self.request_ids) if request_id is None else request_id
         arrival_time = time.monotonic()
         choices = tuple(
             Choice(

@@ -67,12 +67,14 @@ class Scheduler:
         return len(self.state.outstanding)
 
     def validate(self, choice: Choice) -> None:
-        """Raises what ``add`` would raise. Changes nothing.
+        """Raises what ``add`` would raise. Changes nothing, and may be called from any thread.
 
         Raises:
-            InvalidRequestError: the choice could never run to its end here.
+            InvalidRequestError: the choice could never run to its end here, or was added before.
         """
         check(choice, self.config)
+        if choice.choice_id in self.state.choices or choice.status is not Status.WAITING or choice.epoch:
+            raise InvalidRequestError(f"choice_id {choice.choice_id} was added before; allowed: a new Choice each time")
 
     def add(self, choice: Choice) -> None:
         """Queues a new choice. A refused one leaves no trace.
@@ -80,9 +82,7 @@ class Scheduler:
         Raises:
             InvalidRequestError: it could never run to its end here, or its id is taken.
         """
-        check(choice, self.config)
-        if choice.choice_id in self.state.choices or choice.status is not Status.WAITING or choice.epoch:
-            raise InvalidRequestError(f"choice_id {choice.choice_id} was added before; allowed: a new Choice each time")
+        self.validate(choice)
         prepare(choice, self.config, self._num_arrivals)
         self._num_arrivals += 1
         self.state.enter(choice)
