@@ -45,7 +45,7 @@ NO_HARDWARE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # gates of two checkouts may run at once
     "PYTHONPATH": str(ROOT),
 }
-TIMEOUT = 300.0  # seconds a case
+TIMEOUT = 600.0  # seconds a case
 MAX_SEQS = 256
 MAX_MODEL_LEN = 32768
 MIB = 1 << 20

@@ -24,6 +24,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
 
+# Machine code without optimisation: these tests compile far longer than they run.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
 Attend = Callable[..., jax.Array]  # (q, pool, batch, spec, sinks) -> [T, Hq, D]
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from attention_cases import AttentionContract, make_case, make_spec, row_mixes
+from attention_cases import FAST_COMPILE, AttentionContract, make_case, make_spec, row_mixes
 
 from pallas_kernels.ragged_paged_attention import api, reference
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
+
+_attend = jax.jit(api.ragged_paged_attention, static_argnums=(3, 4), compiler_options=FAST_COMPILE)
 
 
 class TestXla(AttentionContract):
     def attend(
         self, q: jax.Array, pool: KVPool, batch: RaggedBatch, spec: AttentionSpec, sinks: object
     ) -> jax.Array:  # [T, Hq, D]
-        return api.ragged_paged_attention(q, pool, batch, spec, "xla", sinks)
+        return _attend(q, pool, batch, spec, "xla", sinks)
 
     def supports(self, spec: AttentionSpec) -> str | None:
         return reference.supports(spec)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import FEATURES, AttentionContract, check, make_case, make_spec
+from attention_cases import FAST_COMPILE, FEATURES, AttentionContract, check, make_case, make_spec
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ragged_paged_attention import tpu
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
 
-_attend = jax.jit(tpu.attend, static_argnums=3, static_argnames="interpret")
+_attend = jax.jit(tpu.attend, static_argnums=3, static_argnames="interpret", compiler_options=FAST_COMPILE)
 _SIMULATOR = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
 
 
