@@ -123,7 +123,7 @@ class EngineCore:
         for choice in choices:
             self.scheduler.validate(
                 choice
-            )  # looks at the choice only; what fails on the core's thread kills the engine
+            )  # what fails on the core's thread kills the engine
         sinks = {choice.choice_id: sink for choice in choices}
         with self._lock:
             self._raise_if_dead()
