@@ -120,10 +120,8 @@ class EngineCore:
             EngineDeadError: the engine failed or was shut down.
             InvalidRequestError: one of them could never run to its end here, or was submitted before; none was queued.
         """
-        for choice in choices:
-            self.scheduler.validate(
-                choice
-            )  # what fails on the core's thread kills the engine
+        for choice in choices:  # here, because what fails on the core's thread kills the engine
+            self.scheduler.validate(choice)
         sinks = {choice.choice_id: sink for choice in choices}
         with self._lock:
             self._raise_if_dead()

@@ -221,6 +221,11 @@ class RequestBuilder:
                 ids = tuple(self._codec.encode(text, add_special_tokens=False)) if bare else ()
                 if not ids:
                     raise InvalidRequestError(f"bad_words holds {word!r}; allowed: words with at least one token")
+                if (largest := max(ids)) >= self._vocab_size:
+                    raise InvalidRequestError(
+                        f"bad_words holds {word!r}, which has token id {largest}; allowed: 0..{self._vocab_size - 1} "
+                        "(the vocabulary)"
+                    )
                 if len(ids) > self._limits.max_bad_word_len:
                     raise InvalidRequestError(
                         f"bad_words holds {word!r}, which is {len(ids)} tokens; allowed: at most "

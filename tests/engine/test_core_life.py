@@ -324,5 +324,5 @@ def test_call_runs_between_steps_and_stats_count():
     until(lambda: core.stats()["num_running"] == 0)
     stats = core.stats()
     assert thread == ("jaxserve-core", 4)
-    assert (stats["num_emitted_tokens"], stats["num_finished"], stats["num_waiting"]) == (6, {"length": 1}, 0)
+    assert (stats["num_emitted_tokens"], stats["num_finished"]["length"], stats["num_waiting"]) == (6, 1, 0)
     core.shutdown()

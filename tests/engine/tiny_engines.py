@@ -47,12 +47,14 @@ class Watched:
 
 
 class Tiny:
-    """One engine of a tiny model, and LLMs on variations of it, one at a time."""
+    """One engine of a tiny model, and LLMs on variations of it, one at a time: they share the pool."""
 
     def __init__(self, name: str, tokenizer: str, **settings: Any) -> None:
-        path = GOLDEN / "tiny" / name
-        model = str(path) if path.exists() else name
-        self.config = EngineConfig(**{"model": model, "tokenizer": tokenizer, **SMALL, **settings})
+        if name == "dummy":
+            where = {"model": str(Path(__file__).with_name("tiny_dummy.toml")), "load_format": "dummy"}
+        else:
+            where = {"model": str(GOLDEN / "tiny" / name)}
+        self.config = EngineConfig(**{**where, "tokenizer": tokenizer, **SMALL, **settings})
         self.engine = build_engine(self.config, progress=False)
         self.vocab_size = self.engine.model_config.vocab_size
 
