@@ -1,0 +1,95 @@
+"""Every legal step has a bucket, the smallest one, and the closed set is small."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.runner.buckets import pick_forward, pick_rows, row_buckets, token_buckets
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.executables import sample_keys
+from jaxserve.sampling.tier import Tier
+
+PLATFORMS = ["cpu", "gpu", "tpu"]
+DEFAULTS = {"cpu": (8, 512), "gpu": (256, 8192), "tpu": (256, 8192)}
+
+
+def config_for(platform, max_num_seqs, max_num_batched_tokens, max_drafts=0):
+    rows = row_buckets(max_num_seqs, platform)
+    return RunnerConfig(
+        max_num_seqs=max_num_seqs,
+        max_model_len=64,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=16,
+        num_blocks=8,
+        vocab_size=97,
+        max_drafts=max_drafts,
+        token_buckets=token_buckets(max_num_batched_tokens, rows, platform),
+        row_buckets=rows,
+    )
+
+
+@st.composite
+def limits(draw):
+    seqs = draw(st.integers(1, 300))
+    return seqs, draw(st.integers(seqs, 9000))
+
+
+@given(limits(), st.sampled_from(PLATFORMS), st.data())
+@settings(deadline=None)
+def test_every_legal_step_fits_the_smallest_bucket_that_holds_it(limits, platform, data):
+    seqs, batched = limits
+    config = config_for(platform, seqs, batched)
+    num_rows = data.draw(st.integers(1, seqs))
+    num_tokens = data.draw(st.integers(num_rows, batched))
+    tokens, rows = pick_forward(config.token_buckets, num_tokens, num_rows)
+    assert tokens >= num_tokens and rows >= num_rows
+    assert (tokens, rows) in config.token_buckets
+    holding = [b for b in config.token_buckets if b[0] >= num_tokens and b[1] >= num_rows]
+    assert (tokens, rows) == min(holding)
+    assert pick_rows(config.row_buckets, num_rows) == min(r for r in config.row_buckets if r >= num_rows)
+
+
+@given(limits(), st.sampled_from(PLATFORMS))
+@settings(deadline=None)
+def test_buckets_are_ascending_and_end_at_the_limits(limits, platform):
+    seqs, batched = limits
+    config = config_for(platform, seqs, batched)
+    assert list(config.row_buckets) == sorted(set(config.row_buckets))
+    assert list(config.token_buckets) == sorted(set(config.token_buckets))
+    assert config.row_buckets[-1] == seqs
+    assert config.token_buckets[-1] == (batched, seqs)
+    assert all(rows <= tokens for tokens, rows in config.token_buckets)
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 4])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_at_most_24_executables_by_default(platform, drafts):
+    """Forward and sampling, as the design counts them."""
+    config = config_for(platform, *DEFAULTS[platform], drafts)
+    assert len(config.token_buckets) + len(sample_keys(config)) <= 24
+
+
+def test_a_step_beyond_the_limits_is_an_error():
+    config = config_for("gpu", 16, 64)
+    for tokens, rows in ((65, 1), (17, 17)):
+        with pytest.raises(ValueError, match="no bucket"):
+            pick_forward(config.token_buckets, tokens, rows)
+    with pytest.raises(ValueError, match="no bucket"):
+        pick_rows(config.row_buckets, 17)
+
+
+@given(limits(), st.sampled_from(PLATFORMS), st.sampled_from([0, 1, 4]), st.data())
+@settings(deadline=None)
+def test_every_step_has_a_sampler_and_the_cheapest_that_serves_comes_first(limits, platform, max_drafts, data):
+    config = config_for(platform, *limits, max_drafts)
+    keys = sample_keys(config)
+    assert len(keys) == len(set(keys))
+    tier = data.draw(st.sampled_from(list(Tier)))
+    drafts = data.draw(st.sampled_from([0, max_drafts]))
+    rows = data.draw(st.integers(1, config.max_num_seqs))
+    serving = [key for key in keys if key.serves(tier, drafts, rows)]
+    first = next(key for key in keys if key.serves(tier, drafts, rows))
+    assert first.tier >= tier and first.num_drafts in (drafts, max_drafts) and first.num_rows >= rows
+    assert first.tier == min(key.tier for key in serving), "a row must not pay for processors that it doesn't use"
+    same_tier = [key for key in serving if key.tier == first.tier]
+    assert first.num_rows * (1 + first.num_drafts) == min(key.num_rows * (1 + key.num_drafts) for key in same_tier)
