@@ -37,22 +37,40 @@ class SpeculativeConfig:
     """Drafts that the target model verifies; the output is the same with and without (vLLM's names).
 
     Attributes:
-        method: "ngram" looks drafts up in the choice's own prompt and output, on the device.
+        method: "ngram" looks drafts up in the choice's own prompt and output, on the device; "draft_model" asks a
+            second model.
         num_speculative_tokens: K, the longest draft.
+        model: the draft model's checkpoint, of the target's tokenizer; None drafts with a copy of the target, which
+            then needs a quantization.
+        quantization: of the draft model's weights: "int8" (a scale an output channel) or "int4" (groups of 64).
         prompt_lookup_min: shortest suffix that must have occurred before, in tokens.
         prompt_lookup_max: longest suffix that is tried, first.
         adaptive: drafts get shorter, and stop, where they don't pay (``jaxserve.scheduler.adaptive``).
     """
 
-    method: Literal["ngram"] = "ngram"
+    method: Literal["ngram", "draft_model"] = "ngram"
     num_speculative_tokens: int = 4
+    model: str | None = None
+    quantization: Literal["int8", "int4"] | None = None
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 3
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        if self.method != "ngram":
-            raise ConfigError(f"speculative_config's method is {self.method!r}; allowed: 'ngram'")
+        if self.method not in ("ngram", "draft_model"):
+            raise ConfigError(f"speculative_config's method is {self.method!r}; allowed: 'ngram', 'draft_model'")
+        if self.quantization not in (None, "int8", "int4"):
+            raise ConfigError(
+                f"speculative_config's quantization is {self.quantization!r}; allowed: 'int8', 'int4', or None"
+            )
+        given = [name for name in ("model", "quantization") if getattr(self, name) is not None]
+        if self.method == "ngram" and given:
+            raise ConfigError(f"speculative_config has {given[0]!r} with method 'ngram'; allowed: with 'draft_model'")
+        if self.method == "draft_model" and not given:
+            raise ConfigError(
+                "speculative_config has method 'draft_model' and neither 'model' (a checkpoint) nor 'quantization' "
+                "('int8' or 'int4': a copy of the target drafts); give one of them, or both"
+            )
         _integer(self, "num_speculative_tokens", 1)
         _integer(self, "prompt_lookup_min", 1)
         _integer(self, "prompt_lookup_max", self.prompt_lookup_min)

@@ -18,7 +18,7 @@ from flax import nnx
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 from .config import ModelConfig
-from .linear import einsum
+from .linear import einsum, take
 from .rope import RopeTable, apply_rope
 
 Axes = tuple[str | None, ...]  # one logical name an axis; sharding.py maps them to the mesh
@@ -66,12 +66,11 @@ class Embedding(nnx.Module):
     """Token ids to vectors, times the family's embedding scale."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, padded_vocab: int):
-        self.embedding_scale = config.embedding_scale
+        self.embedding_scale, self.dtype = config.embedding_scale, dtype
         self.weight = param((padded_vocab, config.model_dim), ("vocab", "embed"), dtype)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:  # [T] -> [T, E]
-        # Clipped, so that whatever stands in a padding token is harmless.
-        x = jnp.take(self.weight.get_value(), token_ids, axis=0, mode="clip")
+        x = take(self.weight.get_value(), token_ids, self.dtype)
         if self.embedding_scale == 1.0:
             return x
         return x * jnp.asarray(self.embedding_scale, x.dtype)  # rounded to the dtype first, as the checkpoints expect

@@ -13,6 +13,8 @@ class PackedWeight(Protocol):
 
     def einsum(self, spec: str, x: jax.Array, out_dtype: jnp.dtype) -> jax.Array: ...
 
+    def take(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array: ...
+
 
 Weight = jax.Array | PackedWeight
 
@@ -43,3 +45,14 @@ def einsum(spec: str, x: jax.Array, weight: Weight, out_dtype: jnp.dtype | None 
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=out_dtype,
     )
+
+
+def take(
+    table: Weight,  # [V, E]
+    token_ids: jax.Array,  # int32[T]
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Rows of a vocabulary's table, [T, E] in ``dtype``. Ids are clipped, so that any padding token is harmless."""
+    if not isinstance(table, jax.Array):
+        return table.take(token_ids, dtype)
+    return jnp.take(table, token_ids, axis=0, mode="clip").astype(dtype)

@@ -18,14 +18,16 @@ from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine.core import EngineCore
+from jaxserve.engine.design import design
+from jaxserve.engine.drafter import load_drafter, open_drafter
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.registry import Model, build
-from jaxserve.models.sharding import kv_heads_for, named_shardings, padded_vocab_for
-from jaxserve.runner.attend import PagedAttention, attention_specs
+from jaxserve.models.sharding import named_shardings
+from jaxserve.runner.attend import PagedAttention
 from jaxserve.runner.buckets import row_buckets, token_buckets
 from jaxserve.runner.config import NgramConfig, RunnerConfig
-from jaxserve.runner.executables import Compiler, sample_keys, temp_bytes
+from jaxserve.runner.draft import DraftModel
+from jaxserve.runner.executables import Compiler, propose_keys, sample_keys, temp_bytes
 from jaxserve.runner.memory import MemoryPlan, check_fits, plan_blocks
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduler.adaptive import AdaptiveDrafts
@@ -34,20 +36,14 @@ from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.load import load_params
 from jaxserve.weights.tokenizer import eos_token_ids, load_tokenizer
-from pallas_kernels.ragged_paged_attention.api import (
-    IMPLEMENTATIONS,
-    Selection,
-    UnsupportedAttentionError,
-    select_implementation,
-)
-from pallas_kernels.ragged_paged_attention.types import AttentionSpec
+from pallas_kernels.ragged_paged_attention.api import Selection
 
 logger = logging.getLogger("jaxserve")
 
-_DEFAULTS = {  # by platform: max_num_seqs, max_num_batched_tokens, block_size, multiple of the padded vocabulary
-    "cpu": (8, 512, 16, 1),
-    "gpu": (256, 8192, 64, 64),
-    "tpu": (256, 8192, 128, 128),
+_DEFAULTS = {  # by platform: max_num_seqs, max_num_batched_tokens, block_size
+    "cpu": (8, 512, 16),
+    "gpu": (256, 8192, 64),
+    "tpu": (256, 8192, 128),
 }
 _TOKEN_COST = {"cpu": 0.36, "gpu": 0.03, "tpu": 0.03}  # of one more token in a row; on CPU eight tokens cost 3.5
 
@@ -87,7 +83,9 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     platform = _platform()
     config = _resolve(config, checkpoint.config, platform)
     mesh = _mesh(config.tensor_parallel_size)
-    model, attention, selection = _design(config, checkpoint.config, mesh)
+    model, attention, selection = design(config, checkpoint.config, _known(config.block_size), mesh)
+    draft_checkpoint = open_drafter(config, checkpoint.config, _known(config.max_model_len), tokenizer)
+    _check_room(config, attention)
     params = load_params(
         checkpoint,
         model,
@@ -95,14 +93,18 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         seed=config.seed,
         progress=progress,
     )
+    drafter: DraftModel | None = None
+    if config.speculative_config is not None and config.speculative_config.method == "draft_model":
+        target = model, attention, params
+        drafter = load_drafter(config, config.speculative_config, draft_checkpoint, target, progress=progress)
     loaded = time.perf_counter()
     runner_config = _runner_config(config, checkpoint.config, platform)
-    memory = _plan_memory(config, model, params, attention, runner_config)
+    memory = _plan_memory(config, Runner(model, params, attention, runner_config, drafter), attention.mesh)
     check_fits(memory, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
-    runner = Runner(model, params, attention, runner_config)
+    runner = Runner(model, params, attention, runner_config, drafter)
     runner.start(progress=progress)
-    scheduler = Scheduler(_scheduler_config(config, runner_config, platform))
+    scheduler = Scheduler(_scheduler_config(config, runner_config, _adaptive(config, platform, drafter)))
     core = EngineCore(scheduler, runner, watchdog_seconds=config.watchdog_seconds, strict_compile=config.strict_compile)
     seconds = {"load": loaded - began, **_known(runner.executables).seconds, "total": time.perf_counter() - began}
     engine = Engine(
@@ -136,7 +138,7 @@ def _platform() -> str:
 
 def _resolve(config: EngineConfig, model: ModelConfig, platform: str) -> EngineConfig:
     """Replaces every None that the model or the machine decides."""
-    seqs, tokens, block_size, _ = _DEFAULTS[platform]
+    seqs, tokens, block_size = _DEFAULTS[platform]
     max_model_len = config.max_model_len or model.max_position
     if max_model_len > model.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; allowed: 2..{model.max_position} (the model's context)")
@@ -165,47 +167,14 @@ def _mesh(size: int) -> Mesh:
     return Mesh(np.array(devices[:size]), ("tp",))
 
 
-def _design(config: EngineConfig, shape: ModelConfig, mesh: Mesh) -> tuple[Model, PagedAttention, Selection]:
-    """The abstract model and how it attends."""
-    shards = config.tensor_parallel_size
-    try:
-        num_kv_heads = kv_heads_for(shape, shards)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    multiple = _DEFAULTS[_platform()][3]
-    model = build(
-        shape,
-        dtype=config.dtype,
-        padded_vocab=padded_vocab_for(shape.vocab_size, shards, multiple),
-        num_kv_heads=num_kv_heads,
-    )
-    specs = attention_specs(
-        model.config,
-        block_size=_known(config.block_size),
-        dtype=config.dtype,
-        kv_dtype=config.kv_cache_dtype,
-        shards=shards,
-    )
-    selection = _select(specs, config.attention_implementation, mesh)
-    return model, PagedAttention(specs, selection.implementation, mesh), selection
-
-
-def _select(specs: tuple[AttentionSpec, ...], requested: str, mesh: Mesh) -> Selection:
-    """One implementation for all layers: the most preferred that runs every one of them."""
-    device = mesh.devices.flat[0]
-    capability = getattr(device, "compute_capability", None)
-    try:
-        choices = [select_implementation(spec, device.platform, requested, capability) for spec in set(specs)]
-    except UnsupportedAttentionError as error:
-        raise ConfigError(str(error)) from error
-    return max(choices, key=lambda choice: IMPLEMENTATIONS.index(choice.implementation))
-
-
 def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> RunnerConfig:
     """Everything but the number of blocks, which is that of a trial here."""
     seqs, tokens = _known(config.max_num_seqs), _known(config.max_num_batched_tokens)
     rows = row_buckets(seqs, platform)
     drafts = config.speculative_config
+    ngram = None
+    if drafts is not None and drafts.method == "ngram":
+        ngram = NgramConfig(min_len=drafts.prompt_lookup_min, max_len=drafts.prompt_lookup_max)
     return RunnerConfig(
         max_num_seqs=seqs,
         max_model_len=_known(config.max_model_len),
@@ -214,44 +183,69 @@ def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> R
         num_blocks=-(-_known(config.max_model_len) // _known(config.block_size)),
         vocab_size=model.vocab_size,
         max_drafts=drafts.num_speculative_tokens if drafts else 0,
-        ngram=NgramConfig(min_len=drafts.prompt_lookup_min, max_len=drafts.prompt_lookup_max) if drafts else None,
+        ngram=ngram,
+        unroll_drafts=platform == "gpu",  # a loop would be kept out of its graphs
         limits=config.limits,
         token_buckets=token_buckets(tokens, rows, platform),
         row_buckets=rows,
     )
 
 
-def _plan_memory(
-    config: EngineConfig, model: Model, params: Any, attention: PagedAttention, runner_config: RunnerConfig
-) -> MemoryPlan:
-    device = attention.mesh.devices.flat[0]
+def _check_room(config: EngineConfig, attention: PagedAttention) -> None:
+    """Refuses, before weights are read, a pool that is too small whatever else takes memory."""
+    stats = attention.mesh.devices.flat[0].memory_stats() or {}
+    roomiest = plan_blocks(
+        limit=stats.get("bytes_limit"),
+        params=0,
+        state=0,
+        temp=0,
+        block=attention.bytes_per_block(),
+        override=config.num_gpu_blocks_override,
+        kv_bytes=config.kv_cache_memory_bytes,
+    )
+    check_fits(roomiest, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
+
+
+def _plan_memory(config: EngineConfig, runner: Runner, mesh: Mesh) -> MemoryPlan:
+    """Where the memory goes; ``runner`` has a pool of a trial size and isn't started."""
+    device = mesh.devices.flat[0]
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit")
-    compiler = Runner(model, params, attention, runner_config).compiler()
+    compiler = runner.compiler()
+    block = compiler.attention.bytes_per_block()
+    # A twin shares some arrays with its target.
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(compiler.params)}
+    if compiler.drafter is not None:
+        block += compiler.drafter.attention.bytes_per_block()
+        leaves |= {id(leaf): leaf for leaf in jax.tree.leaves(compiler.drafter.params)}
     explicit = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
     return plan_blocks(
         limit=limit,
-        params=stats.get("bytes_in_use", sum(_bytes_on(device, leaf) for leaf in jax.tree.leaves(params))),
+        params=stats.get("bytes_in_use", sum(_bytes_on(device, leaf) for leaf in leaves.values())),
         state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((compiler.slots, compiler.scratch))),
         temp=0 if limit is None or explicit else _trial_temp(compiler),
-        block=attention.bytes_per_block(),
+        block=block,
         override=config.num_gpu_blocks_override,
         kv_bytes=config.kv_cache_memory_bytes,
     )
 
 
 def _trial_temp(compiler: Compiler) -> int:
-    """Temporaries of the largest forward and of the largest sampler, compiled with a small pool."""
-    largest = compiler.lower_forward(*compiler.config.token_buckets[-1]).compile()
-    sampler = compiler.lower_sample(sample_keys(compiler.config)[-1]).compile()
-    return max(temp_bytes(largest), temp_bytes(sampler))
+    """Temporaries of the largest forward, sampler and proposer, compiled with a small pool."""
+    largest = [
+        compiler.lower_forward(*compiler.config.token_buckets[-1]),
+        compiler.lower_sample(sample_keys(compiler.config)[-1]),
+    ]
+    if compiler.drafter is not None:
+        largest.append(compiler.lower_propose(compiler.drafter, propose_keys(compiler.config)[-1]))
+    return max(temp_bytes(lowered.compile()) for lowered in largest)
 
 
 def _bytes_on(device: Any, array: jax.Array) -> int:
     return sum(shard.data.nbytes for shard in array.addressable_shards if shard.device == device)
 
 
-def _scheduler_config(config: EngineConfig, runner: RunnerConfig, platform: str) -> SchedulerConfig:
+def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: AdaptiveDrafts | None) -> SchedulerConfig:
     return SchedulerConfig(
         max_num_seqs=runner.max_num_seqs,
         max_model_len=runner.max_model_len,
@@ -259,7 +253,7 @@ def _scheduler_config(config: EngineConfig, runner: RunnerConfig, platform: str)
         block_size=runner.block_size,
         num_blocks=runner.num_blocks,
         max_drafts=runner.max_drafts,
-        adaptive_drafts=_adaptive(config, platform),
+        adaptive_drafts=adaptive,
         enable_prefix_caching=config.enable_prefix_caching,
         policy=config.scheduling_policy,
         run_ahead=config.run_ahead,
@@ -270,10 +264,15 @@ def _scheduler_config(config: EngineConfig, runner: RunnerConfig, platform: str)
     )
 
 
-def _adaptive(config: EngineConfig, platform: str) -> AdaptiveDrafts | None:
+def _adaptive(config: EngineConfig, platform: str, drafter: DraftModel | None) -> AdaptiveDrafts | None:
+    """What a draft token costs: its place in the verify step, and with a draft model a pass of that."""
     if config.speculative_config is None or not config.speculative_config.adaptive:
         return None
-    return AdaptiveDrafts(token_cost=_TOKEN_COST[platform])
+    cost = _TOKEN_COST[platform]
+    if drafter is not None:
+        # Where weights are read, not computed with, bytes are time. A CPU widens packed weights first.
+        cost += 1.0 if platform == "cpu" and config.speculative_config.quantization else drafter.share
+    return AdaptiveDrafts(token_cost=cost)
 
 
 def _info(
@@ -298,11 +297,25 @@ def _info(
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "block_size": config.block_size,
+        "drafts": _describe_drafts(config),
         "executables": _known(runner.executables).num_executables,
+        "executables of the draft model": len(_known(runner.executables).propose),
         "start-up seconds": {name: round(value, 2) for name, value in seconds.items()},
         "EOS token ids": list(eos),
         "generation defaults": dict(checkpoint.sampling_defaults) or "SamplingParams()",
     }
+
+
+def _describe_drafts(config: EngineConfig) -> str:
+    drafts = config.speculative_config
+    if drafts is None:
+        return "none"
+    if drafts.method == "ngram":
+        what = f"looked up after {drafts.prompt_lookup_max}..{drafts.prompt_lookup_min} equal tokens"
+    else:
+        kind = f", {drafts.quantization}" if drafts.quantization else ""
+        what = f"of {drafts.model or 'a copy of the model'}{kind}"
+    return f"up to {drafts.num_speculative_tokens}, {what}{', adaptive' if drafts.adaptive else ''}"
 
 
 def _known[T](value: T | None) -> T:

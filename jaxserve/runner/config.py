@@ -27,7 +27,8 @@ class RunnerConfig:
         num_blocks: blocks of every layer's pool.
         vocab_size: true vocabulary; the model pads it.
         max_drafts: K.
-        ngram: how drafts are looked up on the device; None: they come with the plan.
+        ngram: how drafts are looked up on the device; None: they come from a draft model, or with the plan.
+        unroll_drafts: a draft model's passes are compiled one after the other, not as a loop.
         limits: caps of variable-size request fields.
         token_buckets: (tokens, rows) of every forward executable, ascending.
         row_buckets: rows of the sampling executables, ascending; the last is ``max_num_seqs``.
@@ -41,6 +42,7 @@ class RunnerConfig:
     vocab_size: int
     max_drafts: int = 0
     ngram: NgramConfig | None = None
+    unroll_drafts: bool = False
     limits: Limits = Limits()
     token_buckets: tuple[tuple[int, int], ...]
     row_buckets: tuple[int, ...]

@@ -15,9 +15,10 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from jaxserve.models.registry import Model
-from jaxserve.runner import step
+from jaxserve.runner import draft, step
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention
 from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.packet import Fields, packet_len
 from jaxserve.runner.state import Scratch, SlotState
 from jaxserve.sampling.tier import Tier
@@ -27,46 +28,64 @@ ADMISSION_ROWS = 8  # admissions in one upload
 PROMPT_SCORE_TOKENS = 256  # prompt tokens that one call scores
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class SampleKey:
-    """A sampling executable. Ordered by cost, so that the smallest that fits is the cheapest that fits."""
+    """A sampling executable, or a draft model's."""
 
     tier: Tier
     num_drafts: int
     num_rows: int
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Orders keys, so that the first that serves is the cheapest that serves."""
+        return self.tier, self.num_rows * (1 + self.num_drafts)
 
     def serves(self, tier: Tier, num_drafts: int, num_rows: int) -> bool:
         return self.tier >= tier and self.num_drafts >= num_drafts and self.num_rows >= num_rows
 
 
 def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
-    """The sampling executables. The rarer tiers come in few sizes; a step takes the next one that serves it."""
+    """The sampling executables, cheapest first. The rarer ones come in few sizes; a step takes the next that serves."""
     rows, K = config.row_buckets, config.max_drafts
     few = (rows[0], rows[-1]) if len(rows) > 1 and not K else (rows[-1],)
-    keys = [SampleKey(tier, drafts, size) for tier in (Tier.GREEDY, Tier.PLAIN) for drafts in {0, K} for size in rows]
+    keys = [SampleKey(tier, K, size) for tier in (Tier.GREEDY, Tier.PLAIN) for size in rows]
     keys += [SampleKey(tier, K, size) for tier in (Tier.TRUNCATED, Tier.FULL) for size in few]
-    return tuple(sorted(keys))
+    if K:  # a step without drafts takes the verifier where rows are few: the LM head costs the same there
+        keys += [SampleKey(tier, 0, size) for tier in (Tier.GREEDY, Tier.PLAIN) for size in rows[-2:]]
+    return tuple(sorted(keys, key=lambda key: key.cost))
+
+
+def propose_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
+    """A draft model's executables, cheapest first; tier FULL stands in for TRUNCATED."""
+    rows, K = config.row_buckets, config.max_drafts
+    keys = [SampleKey(tier, K, size) for tier in (Tier.GREEDY, Tier.PLAIN) for size in rows]
+    return tuple(sorted([*keys, SampleKey(Tier.FULL, K, rows[-1])], key=lambda key: key.cost))
 
 
 @dataclass(frozen=True)
 class Executables:
-    """Compiled functions; see step.py for what each does."""
+    """Compiled functions; see step.py and draft.py for what each does."""
 
     stage: Any
     admit: Any
     prompt_scores: Any
     forward: dict[tuple[int, int], Any]
     sample: dict[SampleKey, Any]
+    propose: dict[SampleKey, Any]  # empty without a draft model
     prompt_score_tokens: int  # that one call of prompt_scores takes
     seconds: dict[str, float]  # of start-up, by phase
 
     @property
     def num_executables(self) -> int:
+        """Without the draft model's."""
         return 3 + len(self.forward) + len(self.sample)
 
     def temp_bytes(self) -> int:
         """Largest temporary allocation of any executable on one device, in bytes."""
-        everything = [self.stage, self.admit, self.prompt_scores, *self.forward.values(), *self.sample.values()]
+        everything = [self.stage, self.admit, self.prompt_scores]
+        for group in (self.forward, self.sample, self.propose):
+            everything += group.values()
         return max(temp_bytes(compiled) for compiled in everything)
 
 
@@ -93,19 +112,25 @@ class Compiler:
     kv: tuple[KVPool, ...]  # shapes with shardings
     slots: SlotState
     scratch: Scratch
+    drafter: DraftModel | None = None
+    draft_kv: tuple[KVPool, ...] = ()
 
     def lower_forward(self, num_tokens: int, num_rows: int) -> Any:
+        models, params, kv = [(self.model, self.attention)], [self.model.trunk_params(self.params)], [self.kv]
+        if (drafter := self.drafter) is not None:
+            models.append((drafter.model, drafter.attention))
+            params.append(drafter.model.trunk_params(drafter.params))
+            kv.append(self.draft_kv)
         run = functools.partial(
             step.forward,
-            model=self.model,
-            attention=self.attention,
+            models=tuple(models),
             config=self.config,
             num_tokens=num_tokens,
             num_rows=num_rows,
         )
-        out = (jax.tree.map(lambda _: self._sharding(POOL), self.kv), self._whole(self.scratch))
+        out = (self._pools(tuple(kv)), self._whole(self.scratch))
         jitted = self._jit(_named(run, f"forward_{num_tokens}x{num_rows}"), donate=(1, 3), out=out)
-        return jitted.lower(self.model.trunk_params(self.params), self.kv, self.slots, self.scratch)
+        return jitted.lower(tuple(params), tuple(kv), self.slots, self.scratch)
 
     def lower_sample(self, key: SampleKey) -> Any:
         run = functools.partial(
@@ -120,6 +145,19 @@ class Compiler:
         out = (self._whole(self.slots), self._sharding(WHOLE))
         jitted = self._jit(_named(run, name), donate=(1,), out=out)
         return jitted.lower(self.model.head_params(self.params), self.slots, self.scratch)
+
+    def lower_propose(self, drafter: DraftModel, key: SampleKey) -> Any:
+        run = functools.partial(
+            draft.propose,
+            model=drafter.model,
+            attention=drafter.attention,
+            config=self.config,
+            tier=key.tier,
+            num_rows=key.num_rows,
+        )
+        out = (self._pools(self.draft_kv), self._whole(self.slots))
+        name = f"propose_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts}"
+        return self._jit(_named(run, name), donate=(1, 2), out=out).lower(drafter.params, self.draft_kv, self.slots)
 
     def lower_stage(self) -> Any:
         run = functools.partial(step.stage, config=self.config)
@@ -149,6 +187,11 @@ class Compiler:
         # The largest first: they take longest, and the others fill the gaps behind them.
         for tokens, rows in reversed(self.config.token_buckets):
             jobs[tokens, rows] = functools.partial(self.lower_forward, tokens, rows)
+        proposals: tuple[SampleKey, ...] = ()
+        if self.drafter is not None:
+            proposals = propose_keys(self.config)
+            for key in reversed(proposals):
+                jobs["propose", key] = functools.partial(self.lower_propose, self.drafter, key)
         for key in reversed(sample_keys(self.config)):
             jobs[key] = functools.partial(self.lower_sample, key)
         done: dict[Any, Any] = {}
@@ -172,6 +215,7 @@ class Compiler:
             prompt_scores=done["prompt_scores"],
             forward={key: done[key] for key in self.config.token_buckets},
             sample={key: done[key] for key in sample_keys(self.config)},
+            propose={key: done["propose", key] for key in proposals},
             prompt_score_tokens=self._prompt_score_tokens(),
             seconds={"trace": lowering, "compile": time.perf_counter() - started - lowering},
         )
@@ -186,6 +230,9 @@ class Compiler:
 
     def _sharding(self, spec: Any) -> NamedSharding:
         return NamedSharding(self.attention.mesh, spec)
+
+    def _pools(self, kv: Any) -> Any:
+        return jax.tree.map(lambda _: self._sharding(POOL), kv)
 
     def _whole(self, tree: Any) -> Any:
         return jax.tree.map(lambda _: self._sharding(WHOLE), tree)

@@ -20,6 +20,7 @@ from jaxserve.models.registry import Model
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention
 from jaxserve.runner.buckets import pick_forward
 from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executables import ADMISSION_ROWS, Compiler, Executables
 from jaxserve.runner.packet import admission_fields, pack_admissions, pack_plan, packet_len
 from jaxserve.runner.state import init_scratch, init_slots
@@ -60,15 +61,26 @@ class Runner:
         params: its parameters, on the mesh.
         attention: how layers attend; names the mesh.
         config: shapes.
+        drafter: a model that drafts, on the same mesh.
     """
 
-    def __init__(self, model: Model, params: Any, attention: PagedAttention, config: RunnerConfig) -> None:
+    def __init__(
+        self,
+        model: Model,
+        params: Any,
+        attention: PagedAttention,
+        config: RunnerConfig,
+        drafter: DraftModel | None = None,
+    ) -> None:
         self.config = config
         self._spec = row_spec(config.vocab_size, config.limits)
         self._fields = admission_fields(config, self._spec)
         self._tiers = np.zeros(config.max_num_seqs, np.int32)  # of the choice in each slot
         self._model, self._attention = model, attention
-        self._trunk = model.trunk_params(params)
+        self._trunk: tuple[Any, ...] = (model.trunk_params(params),)  # of the target, then of the draft model
+        if drafter is not None:
+            self._trunk += (drafter.model.trunk_params(drafter.params),)
+        self._drafter = drafter
         self._head = model.head_params(params)
         self._params = params
         self.executables: Executables | None = None
@@ -78,17 +90,20 @@ class Runner:
         compiler = self.compiler()
         executables = compiler.compile_all(progress=progress)
         before = time.perf_counter()
-        self._kv, self._slots, self._scratch = (
+        kv, self._slots, self._scratch, draft_kv = (
             jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
-            for make, shapes in zip(self._makers(), (compiler.kv, compiler.slots, compiler.scratch), strict=True)
+            for make, shapes in zip(
+                self._makers(), (compiler.kv, compiler.slots, compiler.scratch, compiler.draft_kv), strict=True
+            )
         )
+        self._kv: tuple[Any, ...] = (kv,) if self._drafter is None else (kv, draft_kv)  # as _trunk
         self.executables = executables
         self._warm_up(executables)
         executables.seconds["first runs"] = time.perf_counter() - before
 
     def compiler(self) -> Compiler:
         """What ``start`` compiles with; nothing is allocated."""
-        kv, slots, scratch = (jax.eval_shape(make) for make in self._makers())
+        kv, slots, scratch, draft_kv = (jax.eval_shape(make) for make in self._makers())
         return Compiler(
             model=self._model,
             attention=self._attention,
@@ -98,6 +113,8 @@ class Runner:
             kv=self._place(kv, POOL),
             slots=self._place(slots, WHOLE),
             scratch=self._place(scratch, WHOLE),
+            drafter=self._drafter,
+            draft_kv=self._place(draft_kv, POOL),
         )
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
@@ -105,12 +122,14 @@ class Runner:
         executables = self._started()
         self._admit(plan)
         self._slots = executables.stage(self._slots, pack_plan(plan, self.config))
+        drafts = self.config.max_drafts if plan.num_drafts.any() else 0
+        if drafts and self._drafter is not None:
+            self._propose(plan, self._drafter)
         num_rows = len(plan.slots)
         forward = executables.forward[pick_forward(self.config.token_buckets, plan.num_tokens, num_rows)]
         self._kv, self._scratch = forward(self._trunk, self._kv, self._slots, self._scratch)
         windows = tuple(self._prompt_windows(plan))
         tier = Tier(int(self._tiers[plan.slots].max()))
-        drafts = self.config.max_drafts if plan.num_drafts.any() else 0
         key = next(key for key in executables.sample if key.serves(tier, drafts, num_rows))
         self._slots, words = executables.sample[key](self._head, self._slots, self._scratch)
         words.copy_to_host_async()
@@ -137,6 +156,19 @@ class Runner:
         if self.executables is None:
             raise RuntimeError("the runner wasn't started")
         return self.executables
+
+    def _propose(self, plan: StepPlan, drafter: DraftModel) -> None:
+        """Fills the staged drafts. Rows past the last that drafts are left out: prefill chunks come last."""
+        executables = self._started()
+        num_rows = int(np.flatnonzero(plan.num_drafts)[-1]) + 1
+        tier = Tier(int(self._tiers[plan.slots[:num_rows]].max()))
+        key = next(key for key in executables.propose if key.serves(tier, self.config.max_drafts, num_rows))
+        self._run_proposer(executables.propose[key], drafter)
+
+    def _run_proposer(self, propose: Any, drafter: DraftModel) -> None:
+        target_kv, draft_kv = self._kv
+        draft_kv, self._slots = propose(drafter.params, draft_kv, self._slots)
+        self._kv = (target_kv, draft_kv)
 
     def _admit(self, plan: StepPlan) -> None:
         executables = self._started()
@@ -188,16 +220,21 @@ class Runner:
             for forward in executables.forward.values():
                 self._kv, self._scratch = forward(self._trunk, self._kv, self._slots, self._scratch)
             executables.prompt_scores(self._head, self._slots, self._scratch, np.zeros(3, np.int32))
+            if self._drafter is not None:
+                for propose in executables.propose.values():
+                    self._run_proposer(propose, self._drafter)
             for sample in executables.sample.values():
                 self._slots, words = sample(self._head, self._slots, self._scratch)
                 words.copy_to_host_async()
         jax.block_until_ready((self._kv, self._slots, self._scratch))
 
     def _makers(self) -> tuple[Any, ...]:
+        drafter = self._drafter
         return (
             lambda: self._attention.empty_pools(self.config.num_blocks),
             lambda: init_slots(self.config),
             lambda: init_scratch(self.config, self._model.config.model_dim, jnp.dtype(self._model.dtype)),
+            lambda: () if drafter is None else drafter.attention.empty_pools(self.config.num_blocks),
         )
 
     def _place(self, tree: Any, spec: Any) -> Any:

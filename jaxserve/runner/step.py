@@ -5,6 +5,8 @@
     forward(params, kv, slots, scratch) -> kv, scratch   embed, layers, KV write; hidden states to sample from
     sample(params, slots, scratch) -> slots, words       LM head, sampler, accept; what the host wants to know
 
+With a draft model, draft.py's ``propose`` runs between stage and forward.
+
 All state is donated, so its addresses never change, and every effect is ordered by data dependence.
 
 Shape letters: S slots, R rows of the bucket, T tokens of the bucket, K draft length, M = R * (K+1), E model dim,
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 from jaxserve.models.registry import Model
 from jaxserve.runner.attend import PagedAttention
 from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.layout import lay_out
 from jaxserve.runner.packet import Fields, unpack_plan
 from jaxserve.runner.state import Scratch, SlotState, StagedPlan
 from jaxserve.sampling.logprobs import LogprobArrays, prompt_logprobs
@@ -31,7 +34,7 @@ from jaxserve.sampling.state import commit_tokens, reset_rows
 from jaxserve.sampling.tier import Tier
 from jaxserve.speculation.ngram import propose
 from jaxserve.speculation.verify import accept
-from pallas_kernels.ragged_paged_attention.types import KVPool, RaggedBatch
+from pallas_kernels.ragged_paged_attention.types import KVPool
 
 
 def stage(
@@ -82,51 +85,41 @@ def admit(
 
 
 def forward(
-    params: Any,  # Model.trunk_params
-    kv: tuple[KVPool, ...],
+    params: tuple[Any, ...],  # Model.trunk_params of each model
+    kv: tuple[tuple[KVPool, ...], ...],  # of each model
     slots: SlotState,
     scratch: Scratch,
     *,
-    model: Model,
-    attention: PagedAttention,
+    models: tuple[tuple[Model, PagedAttention], ...],
     config: RunnerConfig,
     num_tokens: int,
     num_rows: int,
-) -> tuple[tuple[KVPool, ...], Scratch]:
-    """Computes the staged rows' tokens in a bucket of T = num_tokens, R = num_rows."""
+) -> tuple[tuple[tuple[KVPool, ...], ...], Scratch]:
+    """Computes the staged rows' tokens in a bucket of T = num_tokens, R = num_rows.
+
+    The first model is the one that speaks. A draft model may follow: only its KV is wanted.
+    """
     T, R, S, K = num_tokens, num_rows, config.max_num_seqs, config.max_drafts
     widths = slots.plan.widths[:R]
     where = jnp.minimum(slots.plan.slots[:R], S - 1)  # padding rows point at some slot; their width is 0
-    computed = slots.computed_len[where]
-    ends = jnp.cumsum(widths)
-    starts = ends - widths
-    token = jnp.arange(T)
-    # Compared with all, as searching makes a loop, which XLA keeps out of its graphs.
-    row = jnp.minimum(jnp.searchsorted(ends, token, side="right", method="compare_all"), R - 1)  # [T]
-    real = token < ends[-1]
-    position = jnp.where(real, computed[row] + token - starts[row], 0)
-    slot = where[row]
+    layout = lay_out(slots.block_table[0], where, slots.computed_len[where], widths, num_tokens=T, config=config)
+    slot, position = layout.slot, layout.position
     token_ids = slots.tokens[slot, jnp.minimum(position, config.max_model_len - 1)]
     if K:
         ahead = position - slots.tokens_len[slot]
-        draft = slots.plan.drafts[row, jnp.clip(ahead, 0, K - 1)]
+        draft = slots.plan.drafts[layout.row, jnp.clip(ahead, 0, K - 1)]
         token_ids = jnp.where(ahead >= 0, draft, token_ids)
-    table = slots.block_table[0, where]  # [R, P]
-    block = table[row, position // config.block_size]
-    batch = RaggedBatch(
-        block_table=table,
-        context_lens=jnp.where(widths > 0, computed + widths, 0),
-        cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
-        token_block=jnp.where(real, block, config.num_blocks),
-        token_offset=position % config.block_size,
-    )
-    hidden, kv = model.hidden(params, token_ids, position, kv, attention.bind(batch))  # [T, E]
+    hidden, pools = [], []
+    for (model, attention), weights, own_kv in zip(models, params, kv, strict=True):
+        x, own_kv = model.hidden(weights, token_ids, position, own_kv, attention.bind(layout.batch))  # [T, E]
+        hidden.append(x)
+        pools.append(own_kv)
     # The sampler's positions are the last 1 + num_drafts of each row.
-    first = ends - 1 - slots.plan.num_drafts[:R]
+    first = layout.ends - 1 - slots.plan.num_drafts[:R]
     wanted = jnp.clip(first[:, None] + jnp.arange(K + 1), 0, T - 1)  # [R, K+1]
-    return kv, Scratch(
-        sampled=jax.lax.dynamic_update_slice(scratch.sampled, hidden[wanted], (0, 0, 0)),
-        tokens=jax.lax.dynamic_update_slice(scratch.tokens, hidden, (0, 0)),
+    return tuple(pools), Scratch(
+        sampled=jax.lax.dynamic_update_slice(scratch.sampled, hidden[0][wanted], (0, 0, 0)),
+        tokens=jax.lax.dynamic_update_slice(scratch.tokens, hidden[0], (0, 0)),
     )
 
 

@@ -1,0 +1,62 @@
+"""A model's shape -> the abstract model and how it attends, on a mesh: for the target and for a draft model."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import Model, build
+from jaxserve.models.sharding import kv_heads_for, padded_vocab_for
+from jaxserve.runner.attend import PagedAttention, attention_specs
+from pallas_kernels.ragged_paged_attention.api import (
+    IMPLEMENTATIONS,
+    Selection,
+    UnsupportedAttentionError,
+    select_implementation,
+)
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec
+
+_VOCAB_MULTIPLE = {"cpu": 1, "gpu": 64, "tpu": 128}  # by platform; a device's share of the vocabulary
+
+
+def design(
+    config: EngineConfig, shape: ModelConfig, block_size: int, mesh: Mesh
+) -> tuple[Model, PagedAttention, Selection]:
+    """Builds nothing on a device.
+
+    Raises:
+        ConfigError: heads, ffn or attention don't fit the devices; says why.
+    """
+    shards = mesh.shape["tp"]
+    try:
+        num_kv_heads = kv_heads_for(shape, shards)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    model = build(
+        shape,
+        dtype=config.dtype,
+        padded_vocab=padded_vocab_for(shape.vocab_size, shards, _VOCAB_MULTIPLE[mesh.devices.flat[0].platform]),
+        num_kv_heads=num_kv_heads,
+    )
+    specs = attention_specs(
+        model.config,
+        block_size=block_size,
+        dtype=config.dtype,
+        kv_dtype=config.kv_cache_dtype,
+        shards=shards,
+    )
+    selection = _select(specs, config.attention_implementation, mesh)
+    return model, PagedAttention(specs, selection.implementation, mesh), selection
+
+
+def _select(specs: tuple[AttentionSpec, ...], requested: str, mesh: Mesh) -> Selection:
+    """One implementation for all layers: the most preferred that runs every one of them."""
+    device = mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)
+    try:
+        choices = [select_implementation(spec, device.platform, requested, capability) for spec in set(specs)]
+    except UnsupportedAttentionError as error:
+        raise ConfigError(str(error)) from error
+    return max(choices, key=lambda choice: IMPLEMENTATIONS.index(choice.implementation))
