@@ -1,0 +1,173 @@
+"""Rows 10, 30, 33 to 35, 44, 45 and 49: blocks that are shared, evicted, scarce; and nothing compiled meanwhile."""
+
+import random
+
+import jax
+import numpy as np
+import pytest
+from serving import BLOCK, CONTEXT, GREEDY, OUTPUT_LEN, generate, idle, ids, running, serve
+from test_planted_bugs import (
+    row10_idle_hits_are_not_charged,
+    row30_drafts_in_flight_are_published,
+    row33_an_abort_keeps_the_last_block,
+    row34_blocks_are_freed_twice,
+    row35_a_held_block_is_evicted,
+)
+
+from jaxserve import CompileAfterWarmupError, EngineDeadError
+from jaxserve.engine.prompts import split_prompts
+from jaxserve.engine.submission import Submission
+from jaxserve.scheduler.planner import Planner
+
+LONGEST = -(-(CONTEXT - 1) // BLOCK)  # blocks that the longest choice needs alone
+SCARCE = {"num_blocks": LONGEST + 4, "admission_headroom_len": 0, "run_ahead": 3}
+
+
+def storm(llm, cases, seed, count=40):
+    """Many requests that share prefixes and end in every way, at once; each that ends by itself has its own answer."""
+    rng = random.Random(seed)
+    work = [(rng.choice(cases), rng.randint(1, OUTPUT_LEN)) for _ in range(count)]
+    params = []
+    for case, num_tokens in work:
+        stop = [case.answer[rng.randrange(OUTPUT_LEN)]] if rng.random() < 0.4 else []
+        seconds = rng.choice([None, None, None, 0.05])
+        params.append(GREEDY.with_changes(max_tokens=num_tokens, stop_token_ids=stop, max_seconds=seconds))
+    requests = llm._admit(llm._check(split_prompts([case.prompt for case, _ in work]), params, None))
+    with Submission(llm.engine.core, llm._codec, requests) as submission:
+        submission.submit()
+        for _ in submission.updates():
+            if rng.random() < 0.05:
+                llm.engine.core.finish(rng.choice(requests).choices[0].choice_id, "abort")
+        outputs = [collector.output().outputs[0] for collector in submission.collectors]
+    for (case, num_tokens), settings, output in zip(work, params, outputs, strict=True):
+        stop = settings.stop_token_ids
+        length = min(num_tokens, case.answer.index(stop[0]) + 1 if stop else OUTPUT_LEN)
+        if output.finish_reason in ("abort", "timeout"):
+            length = len(output.token_ids)
+        assert output.token_ids == case.answer[:length]
+    return {output.finish_reason for output in outputs}
+
+
+@pytest.mark.parametrize("settings", [{}, SCARCE, {**SCARCE, "enable_prefix_caching": False, "run_ahead": 1}])
+def test_row_33_34_35_a_storm_leaves_every_block_in_its_place(engine, cases, settings):
+    """Aborts, timeouts, stops, preemptions and evictions; conservation is checked after every step and at the end."""
+    ends = set()
+    with serve(engine, **settings) as llm:
+        for seed in range(4):
+            ends |= storm(llm, cases, seed)
+            stats = idle(llm)
+        assert ends >= {"stop", "length", "abort"}
+        assert (stats["num_preemptions"] > 0) == ("num_blocks" in settings)
+        assert stats["num_compiles_while_serving"] == 0
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        row10_idle_hits_are_not_charged,
+        row33_an_abort_keeps_the_last_block,
+        row34_blocks_are_freed_twice,
+        row35_a_held_block_is_evicted,
+    ],
+)
+def test_row_10_33_34_35_are_seen_when_planted(engine, cases, monkeypatch, plant):
+    plant(monkeypatch)
+    with serve(engine, **SCARCE) as llm, pytest.raises((EngineDeadError, AssertionError)):
+        for seed in range(6):
+            storm(llm, cases, seed)
+            idle(llm)
+
+
+def test_row_33_is_seen_by_the_engine_itself_when_it_falls_idle(engine, cases, monkeypatch):
+    """Without the tests' check after every step: the core looks before it waits for work."""
+    row33_an_abort_keeps_the_last_block(monkeypatch)
+    with serve(engine, check=False) as llm:
+        with pytest.raises(EngineDeadError, match="blocks leaked"):
+            for _ in range(50):
+                ids(llm, cases[-1:])
+        with pytest.raises(EngineDeadError, match="blocks leaked"):
+            llm.engine.core.check_health()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 3])
+def test_row_30_accepted_tokens_are_cached_and_drafts_are_not(engine, cases, run_ahead):
+    """A prompt that goes on from an answer hits all of it, and hits nothing that was only drafted."""
+    with serve(engine, run_ahead=run_ahead) as llm:
+        assert ids(llm, cases) == [case.answer for case in cases]
+        for case in cases:
+            for said in (5, 12, 20):
+                params = GREEDY.with_changes(max_tokens=OUTPUT_LEN - said)
+                (output,) = generate(llm, [case.prompt + case.answer[:said]], params)
+                assert output.outputs[0].token_ids == case.answer[said:]
+                length = len(case.prompt) + said
+                assert output.metrics.num_cached_tokens == (length - 1) // BLOCK * BLOCK
+
+
+def test_row_30_is_seen_when_planted(engine, cases, monkeypatch):
+    row30_drafts_in_flight_are_published(monkeypatch)
+    with pytest.raises((EngineDeadError, AssertionError)):
+        test_row_30_accepted_tokens_are_cached_and_drafts_are_not(engine, cases, 3)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_row_44_preemptions_are_few(engine, cases, policy):
+    """A pool for about one long choice and a half, ten that want it: no thrashing between them."""
+    with serve(engine, policy=policy, **SCARCE) as llm:
+        priorities = [len(cases) - i for i in range(len(cases))] if policy == "priority" else None
+        outputs = generate(llm, [case.prompt for case in cases], GREEDY, priority=priorities)
+        assert [o.outputs[0].token_ids for o in outputs] == [case.answer for case in cases]
+        stats = idle(llm)
+        assert stats["num_preemptions"] <= 2 * len(cases) < stats["num_emitted_tokens"] / 10
+
+
+def test_row_45_everybody_is_admitted_in_the_end(engine, cases):
+    """A pool that holds one choice at its longest: a long prompt isn't overtaken forever, nor holds it up the rest."""
+    settings = {**SCARCE, "num_blocks": LONGEST}
+    with serve(engine, **settings) as llm:
+        full = [97, 98, 99] * CONTEXT
+        prompts = [p for case in cases for p in (case.prompt, full[: CONTEXT - 1])]
+        params = [p for _ in cases for p in (GREEDY, GREEDY.with_changes(max_tokens=1))]
+        outputs = generate(llm, prompts, params)
+        assert [o.outputs[0].token_ids for o in outputs[::2]] == [case.answer for case in cases]
+        idle(llm)
+
+
+def test_row_45_is_seen_where_nothing_is_admitted(engine, cases, monkeypatch):
+    """Work, and no step for it: the engine says so and ends, instead of spinning with a green health check."""
+    monkeypatch.setattr(Planner, "_reserve_prefill", lambda self, choice: False)
+    with serve(engine) as llm, pytest.raises(EngineDeadError, match="no progress"):
+        ids(llm, cases)
+
+
+def test_row_49_an_executable_born_while_serving_is_an_error_or_counted(engine, cases):
+    def compile_something(scheduler):
+        jax.jit(lambda x: x * random.random())(np.ones(3)).block_until_ready()
+
+    with serve(engine, strict=False) as llm:
+        llm.engine.core.call(compile_something)
+        assert ids(llm, cases) == [case.answer for case in cases]
+        assert idle(llm)["num_compiles_while_serving"] == 1
+    with serve(engine, strict=True) as llm:
+        llm.engine.core.call(compile_something)
+        with pytest.raises(EngineDeadError, match="strict_compile") as death:
+            ids(llm, cases)
+        assert isinstance(death.value.__cause__, CompileAfterWarmupError)
+
+
+def test_row_49_every_shape_that_a_schedule_can_reach_was_compiled(engine, cases):
+    """Each number of rows with each kind of sampling, drafts and prefill chunk; ``strict`` makes a miss an error."""
+    seen = set()
+    with serve(engine, run_ahead=1) as llm:
+        llm.engine.core.runner.before = lambda plan: seen.add(
+            (len(running(llm, plan)), bool(plan.num_drafts.any()), bool((~plan.samples).any()))
+        )
+        for num_rows in range(1, 5):
+            for params in (
+                GREEDY,
+                GREEDY.with_changes(temperature=0.5, seed=1),
+                GREEDY.with_changes(temperature=0.5, seed=1, top_k=5, logprobs=2, prompt_logprobs=1),
+                GREEDY.with_changes(num_speculative_tokens=0),
+            ):
+                generate(llm, [case.prompt for case in cases[-num_rows:]], params)
+        assert idle(llm)["num_compiles_while_serving"] == 0
+    assert {rows for rows, *_ in seen} == {1, 2, 3, 4} and {drafts for _, drafts, _ in seen} == {True, False}
