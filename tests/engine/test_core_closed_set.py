@@ -1,4 +1,4 @@
-"""The set of executables is closed: nothing is compiled while serving. And what lay on the device before is harmless."""
+"""The set of executables is closed: nothing is compiled while serving; what lay on the device before is harmless."""
 
 import logging
 import threading

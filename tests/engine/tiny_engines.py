@@ -49,9 +49,11 @@ class Watched:
 class Tiny:
     """One engine of a tiny model, and LLMs on variations of it, one at a time: they share the pool."""
 
-    def __init__(self, name: str, tokenizer: str, **settings: Any) -> None:
+    def __init__(self, name: str, tokenizer: str | None, **settings: Any) -> None:
         if name == "dummy":
             where = {"model": str(Path(__file__).with_name("tiny_dummy.toml")), "load_format": "dummy"}
+        elif name.endswith(".gguf"):
+            where = {"model": name}
         else:
             where = {"model": str(GOLDEN / "tiny" / name)}
         self.config = EngineConfig(**{**where, "tokenizer": tokenizer, **SMALL, **settings})
