@@ -5,9 +5,10 @@ import time
 
 import numpy as np
 import pytest
-from tiny_engines import GREEDY, generate, ids
+from tiny_engines import GREEDY, Tiny, generate, ids
 
 from jaxserve import LLM, SamplingParams
+from jaxserve.runner import executables
 
 EOS = 2
 LETTERS = [*range(97, 123)]
@@ -99,6 +100,21 @@ def test_prompt_logprobs_are_those_of_transformers(tiny, oracle, scheduler):
     assert outputs[1].prompt_logprobs is None
     assert [list(row) for row in outputs[2].prompt_logprobs[1:]] == [[t] for t in oracle.prompt[4:]]
     assert short.prompt_logprobs == [None]
+
+
+def test_prompt_logprobs_of_chunks_longer_than_one_call_scores(monkeypatch, byte_tokenizer_path, oracle):
+    """The LM head runs over seven tokens at a time; a step brings up to 80."""
+    monkeypatch.setattr(executables, "PROMPT_SCORE_TOKENS", 7)
+    engine = Tiny("llama", byte_tokenizer_path, max_num_seqs=2)
+    prompts = [np.random.default_rng(n).integers(3, 131, n).tolist() for n in (60, 36, 8)]
+    with engine.llm() as llm:
+        outputs = generate(llm, prompts, GREEDY.with_changes(prompt_logprobs=2, max_tokens=1))
+    engine.close()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = oracle.logprobs(prompt)
+        assert len(output.prompt_logprobs) == len(prompt)
+        for position, row in enumerate(output.prompt_logprobs[1:], start=1):
+            check_row(row, prompt[position], expected[position - 1], 2)
 
 
 def test_prompt_logprobs_survive_preemption(tiny, oracle):

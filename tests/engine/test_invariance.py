@@ -90,6 +90,35 @@ def test_alone_and_in_any_order(tiny, work):
         assert ids(generate(llm, prompts * 3, params * 3)) == wanted * 3
 
 
+@pytest.mark.parametrize("run_ahead", [0, 2])
+def test_preemption_in_mid_output_keeps_what_the_processors_remember(tiny, reference, run_ahead):
+    """Penalties, min_tokens, bad words and noise go on where they were, in whatever slot the choice comes back."""
+    oracle = reference("llama")
+    rng = np.random.default_rng(6)
+    common = {"max_tokens": 36, "min_tokens": 30, "stop_token_ids": [*range(3, 20)], "bad_words": ["a", "bc"]}
+    params = [
+        SamplingParams(temperature=0.8, seed=1, frequency_penalty=1.5, repetition_penalty=1.5, **common),
+        SamplingParams(temperature=0, presence_penalty=2.0, frequency_penalty=0.9, **common),
+        SamplingParams(temperature=1.5, seed=2, top_k=60, repetition_penalty=2.0, **common),
+        SamplingParams(temperature=0.5, seed=3, frequency_penalty=2.0, logit_bias={50: 6.0, 51: 5.0}, **common),
+    ]
+    prompts = [rng.integers(3, 131, n).tolist() for n in (14, 15, 17, 20)]
+    resumed = {}
+
+    def watch(plan):
+        for admission in plan.admissions:
+            if num_outputs := len(admission.token_ids) - admission.choice.prompt_len:
+                resumed[admission.choice.prompt_len] = num_outputs
+
+    with tiny("llama").llm(watch, num_blocks=22, admission_headroom_len=0, run_ahead=run_ahead) as llm:
+        got = ids(generate(llm, prompts, params))
+    assert set(resumed) >= {15, 17, 20} and max(resumed.values()) > 10, "hardly anybody came back in mid-output"
+    for prompt, settings, tokens in zip(prompts, params, got, strict=True):
+        want, lead = oracle.follow(prompt, settings, bad_words=BAD_WORDS)
+        assert lead > LEAD
+        assert tokens == want
+
+
 @pytest.mark.parametrize("name", ["gemma3", "mistral"])
 @pytest.mark.parametrize("way", ["chunks of 7", "preempted, in chunks, ahead"])
 def test_windows_too(tiny, reference, name, way):
