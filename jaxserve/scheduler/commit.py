@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from jaxserve.scheduler.adaptive import judge
 from jaxserve.scheduler.invariants import SchedulerInvariantError
 from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
@@ -65,6 +67,7 @@ class Committer:
         if not state.outstanding or state.outstanding[0] is not plan or result.step_id != plan.step_id:
             raise SchedulerInvariantError(f"result of step {result.step_id} isn't that of the oldest outstanding plan")
         state.outstanding.popleft()
+        self._check_ids(result)
         rows = zip(
             plan.choices,
             plan.epochs.tolist(),
@@ -121,6 +124,15 @@ class Committer:
         stats.num_accepted_tokens += num_accepted
         stats.num_emitted_tokens += num_emitted
         return commits
+
+    def _check_ids(self, result: StepResult) -> None:
+        """A device that answers with ids that don't exist is broken, and what it said before may be wrong as well."""
+        token_ids = result.token_ids
+        wrong = token_ids.astype(np.uint32) >= self.config.vocab_size  # as are negative ones
+        wrong &= np.arange(token_ids.shape[1]) < result.num_emitted[:, None]
+        if wrong.any():
+            what = f"step {result.step_id} emitted token id {token_ids[wrong][0]}"
+            raise SchedulerInvariantError(f"{what}; the vocabulary has {self.config.vocab_size}")
 
     def _count_drafts(self, choice: Choice, drafts_len: int, drafted: int, accepted: int) -> None:
         """Counts a verify row, and judges the choice's drafts at the end of a window."""

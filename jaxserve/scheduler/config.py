@@ -36,7 +36,7 @@ class SchedulerConfig:
         max_seconds: wall-clock limit of every choice, in seconds; None is none.
         repetition: what to do about a verbatim loop where the request doesn't say: "off", "warn" (count it), "stop".
         repetition_detection: the loop's definition where the request doesn't give one.
-        vocab_size: host drafts must lie below it.
+        vocab_size: token ids, of host drafts and of results, must lie below it.
 
     Raises:
         ConfigError: a setting is out of range; the message names it and the range.
