@@ -199,34 +199,13 @@ def test_families_and_draft_lengths(tiny, reference, name, K):
             assert num_drafts(llm)[1] > 0, way
 
 
-SHARDABLE = """
-architecture = "llama"
-vocab_size = 131
-model_dim = 32
-ffn_dim = 64
-num_layers = 2
-num_heads = 8
-num_kv_heads = 4
-head_dim = 8
-max_position = 256
-norm_eps = 1e-5
-tie_embeddings = false
-[rope]
-theta = 10000.0
-"""
-
-
 @pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_over_several_devices(tiny, tmp_path_factory, tp):
+def test_over_several_devices(tiny, tp):
     """Sharded and drafting against one device without drafts."""
-    model = str(tmp_path_factory.mktemp("shardable") / "model.toml")
-    with open(model, "w") as file:
-        file.write(SHARDABLE)
-    settings = {**SMALL, "load_format": "dummy", "seed": 5}
     texts, params = requests()
-    with tiny(model, **settings).llm() as llm:
+    with tiny("dummy", **SMALL).llm() as llm:
         want = answers(llm, texts, params)
-    engine = tiny(model, **settings, tensor_parallel_size=tp, speculative_config=speculative(4))
+    engine = tiny("dummy", **SMALL, tensor_parallel_size=tp, speculative_config=speculative(4))
     with engine.llm(**EAGER) as llm:
         assert_same(answers(llm, texts, params), want, params)
         assert num_drafts(llm)[1] > 0
