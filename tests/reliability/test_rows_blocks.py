@@ -139,7 +139,7 @@ def test_row_45_is_seen_where_nothing_is_admitted(engine, cases, monkeypatch):
         ids(llm, cases)
 
 
-def test_row_49_an_executable_born_while_serving_is_an_error_or_counted(engine, cases):
+def test_row_49_an_executable_born_while_serving_is_seen(engine, cases):
     def compile_something(scheduler):
         jax.jit(lambda x: x * random.random())(np.ones(3)).block_until_ready()
 
