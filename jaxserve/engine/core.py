@@ -55,7 +55,7 @@ class EngineCore:
         runner: computes.
         watchdog_seconds: longest time between heartbeats while there is work.
         strict_compile: a compilation while serving kills the engine instead of being counted.
-        check_invariants: check the scheduler after every step (tests); otherwise only when it falls idle.
+        check_invariants: check the scheduler after every step (tests); otherwise only while it's idle.
 
     Attributes:
         scheduler, runner: as given; only the core's thread may use them once it is started.
@@ -251,13 +251,10 @@ class EngineCore:
 
     def _take_inbox(self) -> bool:
         """Applies what other threads asked for; waits while there is nothing to do. False: stop."""
+        self._busy = self.scheduler.has_work or bool(self._in_flight)
+        if not self._busy:
+            self._rest()
         with self._lock:
-            self._busy = self.scheduler.has_work or bool(self._in_flight)
-            if not self._busy and not self._inbox and not self._stopping:
-                self.scheduler.check_invariants()
-                while not self._inbox and not self._stopping:
-                    self._lock.wait(_IDLE_CHECK_SECONDS)
-                    self.heartbeat = time.monotonic()
             num_items = len(self._inbox)
             self._busy = True
             stopping = self._stopping
@@ -270,6 +267,20 @@ class EngineCore:
             else:
                 item()
         return not stopping
+
+    def _rest(self) -> None:
+        """Waits for the inbox to fill. Looks for leaks at once; at everything only when nobody comes for a while."""
+        self.scheduler.check_idle()
+        checked = False
+        while not self._inbox and not self._stopping:
+            with self._lock:
+                if self._inbox or self._stopping:
+                    return
+                called = self._lock.wait(_IDLE_CHECK_SECONDS)
+            self.heartbeat = time.monotonic()
+            if not called and not checked:
+                self.scheduler.check_invariants()  # tens of milliseconds for a large pool
+                checked = True
 
     def _finish(self, item: _Finish) -> None:
         choice = self.scheduler.choices.get(item.choice_id)

@@ -32,6 +32,18 @@ def check_state(state: SchedulerState) -> None:
     check_waiting(state)
 
 
+def check_idle(state: SchedulerState) -> None:
+    """That nothing is held while there is no choice at all; a scan in C, quick enough between any two requests.
+
+    Raises:
+        SchedulerInvariantError: the first thing that's wrong.
+    """
+    pool = state.pool
+    require(pool.num_available == pool.num_blocks, "blocks leaked or doubled:", pool.num_available, pool.num_blocks)
+    require(not any(pool.refs), "references are left where nobody runs")
+    require(len(state.free_slots) == state.config.max_num_seqs, "slots leaked or doubled:", state.free_slots)
+
+
 def check_pool(state: SchedulerState) -> None:
     """Conservation: every block is free, idle or held; references are the tables that hold it; writers own alone."""
     pool, cache = state.pool, state.cache

@@ -16,7 +16,7 @@ from jaxserve.scheduler.admission import check, prepare
 from jaxserve.scheduler.block_pool import BlockPool
 from jaxserve.scheduler.commit import Commit, Committer
 from jaxserve.scheduler.config import SchedulerConfig
-from jaxserve.scheduler.invariants import check_state
+from jaxserve.scheduler.invariants import check_idle, check_state
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.planner import Planner
 from jaxserve.scheduler.request import FINISH_REASONS, Choice, FinishReason, Status
@@ -153,6 +153,14 @@ class Scheduler:
     def clear_prefix_cache(self) -> int:
         """Forgets the cached prefixes that no running choice holds; returns how many blocks that were."""
         return self.state.pool.evict_idle()
+
+    def check_idle(self) -> None:
+        """Checks that nothing is held; call it where ``has_work`` is False.
+
+        Raises:
+            SchedulerInvariantError: something leaked.
+        """
+        check_idle(self.state)
 
     def check_invariants(self) -> None:
         """Checks that every structure tells the same story; O(blocks + choices).
