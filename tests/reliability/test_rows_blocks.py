@@ -1,6 +1,8 @@
 """Rows 10, 30, 33 to 35, 44, 45 and 49: blocks that are shared, evicted, scarce; and nothing compiled meanwhile."""
 
+import dataclasses
 import random
+import time
 
 import jax
 import numpy as np
@@ -15,9 +17,11 @@ from test_planted_bugs import (
 )
 
 from jaxserve import CompileAfterWarmupError, EngineDeadError
+from jaxserve.engine import core as core_module
 from jaxserve.engine.prompts import split_prompts
 from jaxserve.engine.submission import Submission
 from jaxserve.scheduler.planner import Planner
+from jaxserve.scheduler.scheduler import Scheduler
 
 LONGEST = -(-(CONTEXT - 1) // BLOCK)  # blocks that the longest choice needs alone
 SCARCE = {"num_blocks": LONGEST + 4, "admission_headroom_len": 0, "run_ahead": 3}
@@ -35,6 +39,7 @@ def storm(llm, cases, seed, count=40):
     requests = llm._admit(llm._check(split_prompts([case.prompt for case, _ in work]), params, None))
     with Submission(llm.engine.core, llm._codec, requests) as submission:
         submission.submit()
+        llm.engine.core.finish(requests[-1].choices[0].choice_id, "abort")  # it still waits for a slot
         for _ in submission.updates():
             if rng.random() < 0.05:
                 llm.engine.core.finish(rng.choice(requests).choices[0].choice_id, "abort")
@@ -79,7 +84,11 @@ def test_row_10_33_34_35_are_seen_when_planted(engine, cases, monkeypatch, plant
 
 
 def test_row_33_is_seen_by_the_engine_itself_when_it_falls_idle(engine, cases, monkeypatch):
-    """Without the tests' check after every step: the core looks before it waits for work."""
+    """Without the tests' check after every step: the core looks before it waits for work, in no time."""
+    scheduler = Scheduler(dataclasses.replace(engine.engine.core.scheduler.config, num_blocks=200_000))
+    before = time.thread_time()
+    scheduler.check_idle()
+    assert time.thread_time() - before < 0.02
     row33_an_abort_keeps_the_last_block(monkeypatch)
     with serve(engine, check=False) as llm:
         with pytest.raises(EngineDeadError, match="blocks leaked"):
@@ -87,6 +96,24 @@ def test_row_33_is_seen_by_the_engine_itself_when_it_falls_idle(engine, cases, m
                 ids(llm, cases[-1:])
         with pytest.raises(EngineDeadError, match="blocks leaked"):
             llm.engine.core.check_health()
+
+
+def test_row_34_is_seen_by_the_engine_itself_while_it_waits_for_work(engine, cases, monkeypatch):
+    """What only the full check sees: a free list that holds a block twice and lacks another."""
+    monkeypatch.setattr(core_module, "_IDLE_CHECK_SECONDS", 0.02)
+    with serve(engine, check=False) as llm:
+        assert ids(llm, cases) == [case.answer for case in cases]
+
+        def double(scheduler):
+            scheduler.pool.evict_idle()
+            scheduler.pool._free[0] = scheduler.pool._free[1]
+
+        llm.engine.core.call(double)
+        deadline = time.monotonic() + 20
+        with pytest.raises(EngineDeadError, match="blocks lost"):
+            while time.monotonic() < deadline:
+                llm.engine.core.check_health()
+                time.sleep(0.01)
 
 
 @pytest.mark.parametrize("run_ahead", [0, 3])
