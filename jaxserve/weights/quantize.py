@@ -25,7 +25,10 @@ _TABLE = (1,)  # of [V, E]
 
 
 def quantize_params(model: Model, params: Params, quantization: Quantization) -> Params:
-    """``params`` with packed weights, sharded as they are.
+    """``params`` with packed weights, sharded as they are. The LM head's table takes 8 bits in either case.
+
+    It decides between near tokens, and in a tied model it is what the first layer reads: in 4 bits it cost SmolLM2 one
+    to four points more of agreement with the original.
 
     Args:
         model: whose parameters these are.
@@ -33,7 +36,7 @@ def quantize_params(model: Model, params: Params, quantization: Quantization) ->
     """
     head = "embed" if model.config.tie_embeddings else "lm_head"
     tops = {name: params[name] for name in params if name not in (head, "layers")}
-    packed = {name: _pack(leaf, _TABLE, quantization) for name, leaf in params[head].items()}
+    packed = {name: _pack(leaf, _TABLE, "int8") for name, leaf in params[head].items()}
     return jax.block_until_ready(
         {**tops, head: packed, "layers": [_quantize_layer(layer, quantization) for layer in params["layers"]]}
     )

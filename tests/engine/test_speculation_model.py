@@ -22,9 +22,9 @@ LLAMA = str(GOLDEN / "tiny" / "llama")
 DRAFTERS = {
     "itself": {"model": LLAMA, "num_speculative_tokens": 4},
     "int4 twin": {"quantization": "int4", "num_speculative_tokens": 3},
-    "a stranger with windows": {"model": str(GOLDEN / "tiny" / "gemma3"), "num_speculative_tokens": 2},
 }
 MORE_DRAFTERS = {
+    "a stranger with windows": {"model": str(GOLDEN / "tiny" / "gemma3"), "num_speculative_tokens": 2},
     "int8 twin": {"quantization": "int8", "num_speculative_tokens": 8},
     "int4 stranger": {"model": str(GOLDEN / "tiny" / "qwen3"), "quantization": "int4", "num_speculative_tokens": 1},
 }
@@ -84,7 +84,9 @@ def test_the_target_drafts_what_it_samples(drafting, want, reference, name):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["itself", "a stranger with windows"])
+@pytest.mark.parametrize(
+    "name", ["itself", "int4 twin", pytest.param("a stranger with windows", marks=pytest.mark.slow)]
+)
 def test_whatever_the_way(drafting, want, reference, name, way):
     texts, params = requests()
     if way == "priority":
