@@ -90,6 +90,7 @@ class EngineCore:
         self._hung = False
         self._guard = CompileGuard()
         self._thread: threading.Thread | None = None
+        self._watchdog: threading.Thread | None = None
 
     # -- any thread
 
@@ -100,17 +101,23 @@ class EngineCore:
                 return
             self._thread = threading.Thread(target=self._run, name="jaxserve-core", daemon=True)
             self._thread.start()
-        threading.Thread(target=self._watch, name="jaxserve-watchdog", daemon=True).start()
+            self._watchdog = threading.Thread(target=self._watch, name="jaxserve-watchdog", daemon=True)
+            self._watchdog.start()
 
     def shutdown(self) -> None:
-        """Stops the loop; unfinished choices get an error event. Idempotent."""
+        """Stops the loop; unfinished choices get an error event. Idempotent.
+
+        Waits for both threads: one that outlived the caller would free the device's arrays while Python shuts down,
+        and abort the process.
+        """
         with self._lock:
             self._stopping = True
             self._lock.notify_all()
-            thread = self._thread
-            hung = self._hung  # its step may return never; the watchdog has waited for it long enough
-        if thread is not None and thread is not threading.current_thread() and not hung:
-            thread.join(timeout=self._watchdog_seconds)
+            # A hung step may return never; the watchdog has waited for it long enough.
+            threads = (None if self._hung else self._thread, self._watchdog)
+        for thread in threads:
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(timeout=self._watchdog_seconds)
         self._die(EngineDeadError("the engine was shut down"))
 
     def submit(self, choices: Sequence[Choice], sink: Sink) -> None:

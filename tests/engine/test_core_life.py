@@ -281,6 +281,17 @@ def test_shutdown_tells_the_unfinished_and_comes_twice():
         core.submit([make_choice()], sink)
 
 
+def test_shutdown_leaves_no_thread():
+    """A thread that holds the last reference to device arrays frees them while Python shuts down: the process aborts."""
+    core = make_core()
+    before = set(threading.enumerate())
+    core.start()
+    threads = set(threading.enumerate()) - before
+    assert {thread.name for thread in threads} == {"jaxserve-core", "jaxserve-watchdog"}
+    core.shutdown()
+    assert not [thread for thread in threads if thread.is_alive()]
+
+
 def test_shutdown_of_a_core_that_never_ran():
     core, sink = make_core(), Sink()
     choice = make_choice()
