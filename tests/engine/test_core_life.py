@@ -282,7 +282,7 @@ def test_shutdown_tells_the_unfinished_and_comes_twice():
 
 
 def test_shutdown_leaves_no_thread():
-    """A thread that holds the last reference to device arrays frees them while Python shuts down: the process aborts."""
+    """A thread that outlives Python frees device arrays while Python shuts down, and the process aborts."""
     core = make_core()
     before = set(threading.enumerate())
     core.start()
