@@ -44,7 +44,7 @@ def alone(tiny):
 
 
 # llama: untied, two KV heads for two devices. dummy: tied tables, 261 ids, and two KV heads for four devices.
-@pytest.mark.parametrize("name, size", [("llama", 2), ("dummy", 2), ("dummy", 4)])
+@pytest.mark.parametrize("name, size", [("llama", 2), pytest.param("dummy", 2, marks=pytest.mark.slow), ("dummy", 4)])
 def test_the_same_tokens_on_any_number_of_devices(alone, byte_tokenizer_path, name, size):
     want = alone(name)
     engine = Tiny(name, byte_tokenizer_path, tensor_parallel_size=size)
