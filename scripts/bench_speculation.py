@@ -96,6 +96,7 @@ def run_mode(mode: str, sets: dict[str, list[dict[str, list[int]]]], args: argpa
         max_model_len=1024,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=512,
+        run_ahead=args.run_ahead,
         speculative_config=speculative_config(mode, args),
     ) as llm:
         run_prompt(llm, next(iter(sets.values()))[0], 8, False)
@@ -120,6 +121,7 @@ def main() -> int:
     parser.add_argument("--lookup-max", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--max-num-seqs", type=int, default=1)
+    parser.add_argument("--run-ahead", type=int, default=2)
     parser.add_argument("--ignore-eos", action="store_true", help="always generate max-tokens tokens")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--runs", type=int, default=1, help="the fastest of so many counts")
@@ -149,6 +151,7 @@ def main() -> int:
         "lookup": [args.lookup_min, args.lookup_max],
         "max_tokens": args.max_tokens,
         "max_num_seqs": args.max_num_seqs,
+        "run_ahead": args.run_ahead,
         "modes": results,
     }
     print(json.dumps(document))
