@@ -39,7 +39,7 @@ demo: $(PACKAGE) $(VENV)/$(WEIGHTS)
 	@$(BIN)/python scripts/demo.py
 
 test: $(DEV) $(VENV)/$(WEIGHTS)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(DEV) $(VENV)/$(WEIGHTS)
 	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -40,7 +40,9 @@ def plants(name):
 
 
 def our_tests():
-    return [(path.name, name) for path in sorted(Path(__file__).parent.glob("test_*.py")) for name in defined(path)]
+    return [
+        (path.name, name) for path in sorted(Path(__file__).parent.glob("test_*.py")) for name in sorted(defined(path))
+    ]
 
 
 def test_every_row_has_a_test_or_says_what_is_missing():
