@@ -119,7 +119,12 @@ class TestPallasGpu(AttentionContract):
                 decode_config=dataclasses.replace(decode, **changes),
                 prefill_config=prefill,
             ).astype(jnp.float32)
-            for changes in ({}, {"streams": 2, "stages": 2}, {"num_ctas": 264, "stages": 2}, {"block_kv": 128, "stages": 4})
+            for changes in (
+                {},
+                {"streams": 2, "stages": 2},
+                {"num_ctas": 264, "stages": 2},
+                {"block_kv": 128, "stages": 4},
+            )
         ]
         for other in out[1:]:
             np.testing.assert_allclose(out[0], other, atol=1e-2, rtol=1e-2)
