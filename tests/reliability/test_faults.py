@@ -418,7 +418,7 @@ def test_a_result_of_garbage_is_not_passed_on(engine, cases):
 
 
 def test_leaving_the_with_block_by_an_error_cleans_up():
-    core = crowded_core()
+    core = crowded_core(FakeRunner(lambda what, step_id: time.sleep(0.01)))  # so that nobody is done before the error
     callers = Callers(core)
     with pytest.raises(Failure), callers.llm:
         callers.start()
