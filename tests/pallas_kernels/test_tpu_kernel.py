@@ -83,6 +83,7 @@ def test_no_access_races_with_a_dma_or_reads_what_was_never_written(
     assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.slow  # a race found late is raised in the simulator's own threads, which can upset the tests beside it
 def test_the_simulator_finds_a_missing_wait() -> None:
     """That the test above can fail."""
 
