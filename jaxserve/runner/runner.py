@@ -119,6 +119,8 @@ class Runner:
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
         """Sends one step to the device: an upload, three or more launches, no wait."""
+        if plan.token_mask is not None:
+            raise ValueError("the plan has a token_mask; the runner uploads none")
         executables = self._started()
         self._admit(plan)
         self._slots = executables.stage(self._slots, pack_plan(plan, self.config))
