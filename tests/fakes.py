@@ -99,6 +99,9 @@ class _Running:
 class FakeCore:
     """Emits ``reply(choice)`` for every choice, ``tokens_per_step`` a step, until EOS, a stop id or max_tokens.
 
+    With ``pauses`` a choice whose reply is used up emits nothing more, and waits to be finished from outside: a test of
+    who ends it needs no race.
+
     Attributes:
         gate: cleared, no step is run.
         ended: choice_id -> (finish_reason, stop_reason, tokens emitted), for every choice that ended.
@@ -110,8 +113,10 @@ class FakeCore:
         *,
         tokens_per_step: int = 1,
         step_seconds: float = 0.0,
+        pauses: bool = False,
     ):
         self.reply = reply
+        self.pauses = pauses
         self.tokens_per_step = tokens_per_step
         self.step_seconds = step_seconds
         self.gate = threading.Event()
@@ -206,6 +211,8 @@ class FakeCore:
         reason, stop_reason = None, None
         while len(tokens) < self.tokens_per_step and reason is None:
             rest = running.reply[len(running.emitted) :]
+            if not rest and self.pauses:
+                break
             token = rest[0] if rest else choice.eos_token_ids[0]
             tokens.append(token)
             running.emitted.append(token)
@@ -218,7 +225,8 @@ class FakeCore:
         if reason is not None:
             del self._running[choice.choice_id]
             self.ended[choice.choice_id] = (reason, stop_reason, len(running.emitted))
-        running.sink(_event(choice, tuple(tokens), reason, stop_reason))
+        if tokens:
+            running.sink(_event(choice, tuple(tokens), reason, stop_reason))
 
 
 def _event(

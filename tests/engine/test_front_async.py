@@ -47,7 +47,7 @@ def test_the_kinds_of_output_agree():
     async def body(engine):
         return [await collect(engine, "x", params, output_kind=kind) for kind in ("cumulative", "delta", "final")]
 
-    cumulative, deltas, final = run(body, FakeCore(step_seconds=0.002))
+    cumulative, deltas, final = run(body, FakeCore(step_seconds=0.03))
     assert len(final) == 1 and final[0].finished
     texts = [c.text for c in final[0].outputs]
     assert [c.text for c in cumulative[-1].outputs] == texts
@@ -101,7 +101,8 @@ def test_abort_ends_the_iteration():
 
 
 def test_cancelling_a_task_aborts_its_request_and_no_other():
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore()
+    core.gate.clear()
 
     async def body(engine):
         tasks = [asyncio.create_task(collect(engine, p, SamplingParams(max_tokens=4000))) for p in "ab"]
@@ -109,6 +110,8 @@ def test_cancelling_a_task_aborts_its_request_and_no_other():
         await until(lambda: core.num_running == 3)
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks)
+        core.gate.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(r, asyncio.CancelledError) for r in results)
         await until(lambda: len(core.ended) == 3)
@@ -131,13 +134,15 @@ def test_leaving_the_iteration_aborts():
 
 
 def test_a_request_id_in_use_is_refused_and_free_afterwards():
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore()
+    core.gate.clear()
 
     async def body(engine):
         first = asyncio.create_task(collect(engine, "x", SamplingParams(max_tokens=30), "mine"))
         await until(lambda: core.num_running == 1)
         with pytest.raises(InvalidRequestError, match="'mine' is in use"):
             await collect(engine, "y", SamplingParams(max_tokens=2), "mine")
+        core.gate.set()
         assert (await first)[-1].request_id == "mine"
         return await collect(engine, "y", SamplingParams(max_tokens=2), "mine")
 

@@ -83,7 +83,7 @@ def test_a_stop_string_ends_at_the_same_token_whatever_a_step_emits(make, tokens
 
 
 def test_the_core_learns_of_a_stop_string(make):
-    core = FakeCore(says("abcdef" * 8))
+    core = FakeCore(lambda choice: list(b"abcdef"), step_seconds=0.001, pauses=True)
     generate(make(core), "x", SamplingParams(max_tokens=40, stop="cd"))
     until(lambda: core.ended)
     assert list(core.ended.values())[0][:2] == ("stop", "cd")
