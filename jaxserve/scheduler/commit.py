@@ -68,41 +68,40 @@ class Committer:
             raise SchedulerInvariantError(f"result of step {result.step_id} isn't that of the oldest outstanding plan")
         state.outstanding.popleft()
         self._check_ids(result)
+        self._check_counts(plan, result)
+        emitted_lens = np.where(plan.samples, result.num_emitted, 0)
         rows = zip(
             plan.choices,
             plan.epochs.tolist(),
             plan.widths.tolist(),
+            (plan.widths - plan.num_drafts - plan.samples + emitted_lens).tolist(),
             plan.num_drafts.tolist(),
-            plan.samples.tolist(),
-            result.num_emitted.tolist(),
             result.num_drafted.tolist(),
+            emitted_lens.tolist(),
             result.token_ids.tolist(),
             strict=True,
         )
+        judged = self.config.adaptive_drafts is not None
         prompt_logprobs = result.prompt_logprobs
         commits: list[Commit] = []
         num_drafted = num_accepted = num_emitted = 0
-        for row, (choice, epoch, width, drafts_len, samples, emitted, drafted, token_ids) in enumerate(rows):
+        for row, (choice, epoch, width, computed, drafts_len, drafted, emitted, token_ids) in enumerate(rows):
             if choice.epoch != epoch:
                 stats.num_dropped_rows += 1
                 continue
             choice.in_flight_len -= width
-            if not samples:
-                choice.computed_len += width
+            choice.computed_len += computed
+            if not emitted:  # a prompt's chunk, not the last one
                 state.publish(choice)
                 state.wake_siblings(choice)
                 if row in prompt_logprobs:
                     commits.append(Commit(choice, row, [], None, None, _new_logprobs(choice, row, result)))
                 continue
-            if not 1 <= emitted <= 1 + drafted <= 1 + drafts_len:
-                raise SchedulerInvariantError(
-                    f"step {plan.step_id} row {row}: {emitted} tokens from {drafted} drafts of at most {drafts_len}"
-                )
-            choice.computed_len += width - 1 - drafts_len + emitted
             if drafts_len:
                 num_drafted += drafted
                 num_accepted += emitted - 1
-                self._count_drafts(choice, drafts_len, drafted, emitted - 1)
+                if judged and choice.draft_len:
+                    self._judge_drafts(choice, drafts_len, emitted - 1)
             del token_ids[emitted:]  # padding
             commit = Commit(choice, row, token_ids)
             output = choice.output_token_ids
@@ -134,18 +133,25 @@ class Committer:
             what = f"step {result.step_id} emitted token id {token_ids[wrong][0]}"
             raise SchedulerInvariantError(f"{what}; the vocabulary has {self.config.vocab_size}")
 
-    def _count_drafts(self, choice: Choice, drafts_len: int, drafted: int, accepted: int) -> None:
-        """Counts a verify row, and judges the choice's drafts at the end of a window."""
-        choice.num_drafted += drafted
-        choice.num_accepted += accepted
+    def _check_counts(self, plan: StepPlan, result: StepResult) -> None:
+        """At least one token in each row that samples, after drafts that were planned; of rows that aren't dropped."""
+        emitted, drafted = result.num_emitted, result.num_drafted
+        wrong = plan.samples & ((emitted < 1) | (emitted > 1 + drafted) | (drafted > plan.num_drafts))
+        for row in np.flatnonzero(wrong).tolist():
+            if plan.choices[row].epoch == plan.epochs[row]:
+                raise SchedulerInvariantError(
+                    f"step {plan.step_id} row {row}: {emitted[row]} tokens from {drafted[row]} drafts of at most "
+                    f"{plan.num_drafts[row]}"
+                )
+
+    def _judge_drafts(self, choice: Choice, drafts_len: int, accepted: int) -> None:
+        """Counts a verify row under the adaptive rule, and judges the choice's drafts at the end of a window."""
         rule = self.config.adaptive_drafts
-        if rule is None or not choice.draft_len:
-            return
         choice.draft_accepted += accepted
         if accepted < drafts_len:
             choice.draft_failures += 1
         choice.draft_steps += 1
-        if choice.draft_steps >= rule.window:
+        if rule is not None and choice.draft_steps >= rule.window:
             verdict = judge(choice.draft_accepted, choice.draft_failures, choice.draft_pause, choice.max_drafts, rule)
             choice.draft_len, choice.draft_pause = verdict
             choice.draft_wait = verdict.pause

@@ -81,9 +81,7 @@ class Choice:
         "max_drafts",
         "max_output_len",
         "min_output_len",
-        "num_accepted",
         "num_cached_tokens",
-        "num_drafted",
         "num_preemptions",
         "num_published",
         "order",
@@ -182,8 +180,6 @@ class Choice:
         self.draft_failures = 0
         self.draft_wait = 0
         self.draft_pause = 0
-        self.num_drafted = 0
-        self.num_accepted = 0
 
     @property
     def tokens_len(self) -> int:

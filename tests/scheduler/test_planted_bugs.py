@@ -294,14 +294,17 @@ def row35_a_held_block_is_evicted(monkeypatch):
 
 
 def row37_the_last_rejection_is_not_counted(monkeypatch):
-    correct = Committer._count_drafts
+    correct = Committer.apply
 
-    def count_drafts(self, choice, drafts_len, drafted, accepted):
-        correct(self, choice, drafts_len, drafted, accepted)
-        if accepted == drafts_len - 1:
-            choice.computed_len += 1
+    def apply(self, plan, result):
+        commits = correct(self, plan, result)
+        for commit in commits:
+            drafts_len = plan.num_drafts[commit.row]
+            if commit.finish_reason is None and drafts_len and result.num_emitted[commit.row] == drafts_len:
+                commit.choice.computed_len += 1
+        return commits
 
-    monkeypatch.setattr(Committer, "_count_drafts", count_drafts)
+    monkeypatch.setattr(Committer, "apply", apply)
 
 
 def row41_an_abort_forgets_the_steps_in_flight(monkeypatch):
