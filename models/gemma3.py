@@ -10,19 +10,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.qkv_prologue.types import RopeTable
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 from .config import ModelConfig
 from .layers import Attend, RMSNorm
 from .llama import Llama, LlamaLayer
-from .rope import RopeTable
 
 
 class GemmaRMSNorm(RMSNorm):
     """RMS norm whose checkpoint weight is the distance from 1."""
 
-    def scale(self) -> jax.Array:
-        return 1.0 + super().scale()
+    offset = 1.0
 
 
 class Gemma3Layer(LlamaLayer):

@@ -10,20 +10,22 @@ outside when a step merges its params with the graph definition (see registry.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.qkv_prologue.reference import rms_norm
+from pallas_kernels.qkv_prologue.types import QKNorm, RopeTable
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 from .config import ModelConfig
 from .linear import einsum, take
-from .rope import RopeTable, apply_rope
 
 Axes = tuple[str | None, ...]  # one logical name an axis; sharding.py maps them to the mesh
-# (layer index, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D], pool) -> (out [T, Hq, D], pool with k and v written)
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array, KVPool], tuple[jax.Array, KVPool]]
+# (layer index, qkv [T, Hk, G+2, D], rope, norm, pool) -> (out [T, Hq, D], pool with this step's keys and values)
+Attend = Callable[[int, jax.Array, RopeTable, QKNorm | None, KVPool], tuple[jax.Array, KVPool]]
 
 
 def param(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype) -> nnx.Param:
@@ -49,17 +51,14 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, computed in float32 and rounded once."""
 
+    offset: ClassVar[float] = 0.0  # 1.0 where the checkpoint's weight is the distance from 1
+
     def __init__(self, dim: int, eps: float, dtype: jnp.dtype):
         self.eps = eps
         self.weight = param((dim,), (None,), dtype)
 
-    def scale(self) -> jax.Array:
-        return self.weight.get_value().astype(jnp.float32)
-
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., dim] -> [..., dim]
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale()).astype(x.dtype)
+        return rms_norm(x, self.weight.get_value(), self.eps, self.offset)
 
 
 class Embedding(nnx.Module):
@@ -112,15 +111,14 @@ class Attention(nnx.Module):
         pool: KVPool,
         attend: Attend,
     ) -> tuple[jax.Array, KVPool]:
-        qkv = self.qkv(x)  # [T, Hk, G+2, D]
-        num_tokens, heads, _, head_dim = qkv.shape
-        q = qkv[:, :, : self.group].reshape(num_tokens, heads * self.group, head_dim)  # [T, Hq, D]
-        k, v = qkv[:, :, self.group], qkv[:, :, self.group + 1]  # [T, Hk, D]
+        norm = None
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out, pool = attend(layer, apply_rope(q, rope), apply_rope(k, rope), v, pool)  # [T, Hq, D]
-        out = out.reshape(num_tokens, heads, self.group, head_dim)
-        return self.o(out), pool
+            q_weight, k_weight = self.q_norm.weight.get_value(), self.k_norm.weight.get_value()
+            norm = QKNorm(q_weight, k_weight, self.q_norm.eps, self.q_norm.offset)
+        qkv = self.qkv(x)  # [T, Hk, G+2, D]
+        out, pool = attend(layer, qkv, rope, norm, pool)  # [T, Hq, D]
+        num_tokens, heads, _, head_dim = qkv.shape
+        return self.o(out.reshape(num_tokens, heads, self.group, head_dim)), pool
 
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.qkv_prologue.types import RopeTable
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 from .config import ModelConfig
 from .layers import MLP, Attend, Attention, Embedding, RMSNorm
-from .rope import RopeTable, rope_tables
+from .rope import rope_tables
 
 
 class LlamaLayer(nnx.Module):

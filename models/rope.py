@@ -1,7 +1,6 @@
-"""Rotary position embedding, in the half-split layout of HF checkpoints: dimension i turns with dimension i + D/2.
+"""The angles of rotary position embedding; qkv_prologue turns queries and keys by them.
 
-Shape letters: T packed tokens, H heads, D head dim. Angles and rotation are float32 in every dtype: bfloat16 can't even
-hold position 257.
+Shape letters: T packed tokens, D head dim. Angles are float32 in every dtype: bfloat16 can't even hold position 257.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from .config import LinearScaling, Llama3Scaling, RopeConfig
+from pallas_kernels.qkv_prologue.types import RopeTable
 
-RopeTable = tuple[jax.Array, jax.Array]  # cos, sin: float32[T, D/2]
+from .config import LinearScaling, Llama3Scaling, RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> list[float]:
@@ -51,11 +50,3 @@ def rope_tables(ropes: Iterable[RopeConfig], positions: jax.Array, head_dim: int
         tables.append((jnp.cos(angles), jnp.sin(angles)))
     # The barrier keeps XLA from computing cos and sin again in the fusions of every layer.
     return dict(zip(distinct, jax.lax.optimization_barrier(tables), strict=True))
-
-
-def apply_rope(x: jax.Array, table: RopeTable) -> jax.Array:
-    """Turns ``x`` [T, H, D] by its tokens' angles; returns its dtype."""
-    cos, sin = (part[:, None, :] for part in table)  # [T, 1, D/2]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [T, H, D/2]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)  # [T, H, D]
-    return turned.astype(x.dtype)

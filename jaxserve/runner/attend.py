@@ -1,6 +1,6 @@
-"""The attention of a step, bound to its batch: what the model calls in every layer.
+"""The attention of a step, bound to its batch: what the model calls in every layer after its qkv projection.
 
-Shape letters: T tokens, Hq/Hk query/KV heads, D head dim.
+Shape letters: T tokens, Hq/Hk query/KV heads, G = Hq/Hk, D head dim.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Attend
-from pallas_kernels.ragged_paged_attention.api import kv_layout, ragged_paged_attention, write_kv
+from pallas_kernels.qkv_prologue.api import qkv_prologue
+from pallas_kernels.qkv_prologue.types import QKNorm, RopeTable
+from pallas_kernels.ragged_paged_attention.api import kv_layout, ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVPool, RaggedBatch
 
-HEADS = PartitionSpec(None, "tp")  # of [T, H, D]
+HEADS = PartitionSpec(None, "tp")  # of [T, Hk, G+2, D] and [T, Hq, D]
 POOL = PartitionSpec(None, None, "tp")  # of [N, 2, Hk, B, Ds]
 WHOLE = PartitionSpec()
 
@@ -32,15 +34,21 @@ class PagedAttention:
     def bind(self, batch: RaggedBatch) -> Attend:
         """The ``attend`` of ``Model.hidden`` for one step's batch."""
 
-        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, pool: KVPool) -> tuple[jax.Array, KVPool]:
+        def attend(
+            layer: int,
+            qkv: jax.Array,  # [T, Hk, G+2, D], all shards' heads
+            rope: RopeTable,
+            norm: QKNorm | None,
+            pool: KVPool,
+        ) -> tuple[jax.Array, KVPool]:  # [T, Hq, D]
             run = functools.partial(_write_and_attend, spec=self.specs[layer], implementation=self.implementation)
             return jax.shard_map(
                 run,
                 mesh=self.mesh,
-                in_specs=(HEADS, HEADS, HEADS, POOL, WHOLE),
+                in_specs=(HEADS, WHOLE, WHOLE, POOL, WHOLE),
                 out_specs=(HEADS, POOL),
                 check_vma=False,
-            )(q, k, v, pool, batch)
+            )(qkv, rope, norm, pool, batch)
 
         return attend
 
@@ -61,16 +69,16 @@ class PagedAttention:
 
 
 def _write_and_attend(
-    q: jax.Array,  # [T, Hq, D], one shard's heads
-    k: jax.Array,  # [T, Hk, D]
-    v: jax.Array,  # [T, Hk, D]
+    qkv: jax.Array,  # [T, Hk, G+2, D], one shard's heads
+    rope: RopeTable,
+    norm: QKNorm | None,
     pool: KVPool,
     batch: RaggedBatch,
     *,
     spec: AttentionSpec,
     implementation: str,
 ) -> tuple[jax.Array, KVPool]:
-    pool = write_kv(k, v, pool, batch, spec, implementation)
+    q, pool = qkv_prologue(qkv, rope, norm, pool, batch, spec, implementation)
     return ragged_paged_attention(q, pool, batch, spec, implementation), pool
 
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Attend
 from jaxserve.models.registry import Model, Params
+from pallas_kernels.qkv_prologue.reference import heads
 
 
 def dense_attend(config: ModelConfig) -> Attend:
     """An ``attend`` for tokens at positions 0, 1, ...; pools pass through untouched."""
 
-    def attend(layer, q, k, v, pool):  # [T, Hq, D], [T, Hk, D], [T, Hk, D]
+    def attend(layer, qkv, rope, norm, pool):  # [T, Hk, G+2, D]
+        q, k, v = heads(qkv, rope, norm)  # [T, Hq, D], [T, Hk, D], [T, Hk, D]
         group = q.shape[1] // k.shape[1]
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
         scores = jnp.einsum("thd,shd->hts", q, k, precision="highest", preferred_element_type=jnp.float32)

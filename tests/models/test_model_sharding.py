@@ -21,13 +21,14 @@ needs_devices = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devic
 
 def sharded_attend(config, mesh):
     """Dense attention on each device's own heads, as a paged kernel would run."""
-    heads = PartitionSpec(None, "tp", None)
+    heads = PartitionSpec(None, "tp")
 
-    def attend(layer, q, k, v, pool):
-        def local(q, k, v):
-            return dense_attend(config)(layer, q, k, v, None)[0]
+    def attend(layer, qkv, rope, norm, pool):
+        def local(qkv, rope, norm):
+            return dense_attend(config)(layer, qkv, rope, norm, None)[0]
 
-        return jax.shard_map(local, mesh=mesh, in_specs=(heads,) * 3, out_specs=heads)(q, k, v), pool
+        specs = heads, PartitionSpec(), PartitionSpec()
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads)(qkv, rope, norm), pool
 
     return attend
 

@@ -12,6 +12,7 @@ from small_configs import FAMILIES, LLAMA
 
 from jaxserve.models.config import LayerConfig, LinearScaling, RopeConfig
 from jaxserve.models.registry import build
+from pallas_kernels.qkv_prologue.reference import heads
 
 LLAMA_LAYER = {
     "attn_norm.weight": (48,),
@@ -108,7 +109,8 @@ def test_compiled_step_copies_no_weight_and_computes_angles_once(dtype):
     model = build(config, dtype=dtype, padded_vocab=136)
 
     def step(params, token_ids, positions):
-        def attend(layer, q, k, v, pool):
+        def attend(layer, qkv, rope, norm, pool):
+            q, k, v = heads(qkv, rope, norm)
             return q * jnp.repeat(k + v, 3, axis=1), pool
 
         return model.logits(params, model.hidden(params, token_ids, positions, (None,) * 4, attend)[0])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxserve.models.config import LinearScaling, Llama3Scaling, RopeConfig
-from jaxserve.models.rope import apply_rope, inverse_frequencies, rope_tables
+from jaxserve.models.rope import inverse_frequencies, rope_tables
+from pallas_kernels.qkv_prologue.reference import apply_rope
 
 POSITIONS = np.array([0, 1, 2, 63, 257, 8191], np.int32)
 

@@ -1,0 +1,1 @@
+"""The op between the qkv projection and attention: qk-norm, rope, and the KV write."""
