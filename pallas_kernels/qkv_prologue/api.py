@@ -1,16 +1,19 @@
 """What stands between the qkv projection and attention, as one op: split into heads, qk-norm, rope, KV write.
 
-It runs as XLA computes reference.py, with the KV write of the implementation that attends (see
-ragged_paged_attention/api.py, which chooses it). Shape letters: see types.py here and there.
+It runs on the implementation that attends (ragged_paged_attention/api.py chooses it): on ``pallas_gpu`` as one kernel
+(gpu.py), elsewhere as XLA computes reference.py, with the KV write of that implementation. Shape letters: see types.py
+here and there.
 """
 
 from __future__ import annotations
+
+import importlib
 
 import jax
 
 from pallas_kernels.qkv_prologue import reference
 from pallas_kernels.qkv_prologue.types import QKNorm, RopeTable
-from pallas_kernels.ragged_paged_attention.api import write_kv
+from pallas_kernels.ragged_paged_attention.api import UnsupportedAttentionError, write_kv
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, Implementation, KVPool, RaggedBatch
 
 
@@ -31,6 +34,7 @@ def qkv_prologue(
     tokens are computed like all others. No two tokens of a step may share a (block, offset).
 
     Raises:
+        UnsupportedAttentionError: the implementation's kernel can't run ``spec``.
         ValueError: shapes or dtypes don't fit ``spec``.
     """
     group = spec.num_heads // spec.num_kv_heads
@@ -39,5 +43,12 @@ def qkv_prologue(
         raise ValueError(
             f"qkv is {qkv.dtype}{list(qkv.shape)}, spec says {spec.dtype}[T, {', '.join(map(str, expected))}]"
         )
+    if implementation == "pallas_gpu":
+        # Imported here: a machine without a GPU may lack what the kernel's module needs.
+        gpu = importlib.import_module("pallas_kernels.qkv_prologue.gpu")
+        reason = gpu.supports(spec)
+        if reason is not None:
+            raise UnsupportedAttentionError(f"attention implementation {implementation!r} can't be used: {reason}")
+        return gpu.qkv_prologue(qkv, rope, norm, pool, batch, spec)
     q, k, v = reference.heads(qkv, rope, norm)
     return q, write_kv(k, v, pool, batch, spec, implementation)
