@@ -96,6 +96,8 @@ class EngineConfig:
         kv_cache_dtype: "auto" is ``dtype``.
         speculative_config: a SpeculativeConfig or a dict of its fields; None: no speculation.
         run_ahead: steps dispatched before the oldest result is read.
+        steps_per_dispatch: decode steps of a small batch that go to the device in one call; None is 4 on GPU, where the
+            host is slower than such a step, and 1 elsewhere and with run_ahead=0.
         default_max_tokens: for requests with ``max_tokens=None``; None is what the context leaves.
         max_output_tokens: ceiling that every request's max_tokens must respect; None is max_model_len - 1.
         max_seconds: wall-clock limit of every request, in seconds; a request may ask for a shorter one.
@@ -128,6 +130,7 @@ class EngineConfig:
     scheduling_policy: Policy = "fcfs"
     speculative_config: SpeculativeConfig | None = None
     run_ahead: int = 2
+    steps_per_dispatch: int | None = None
     default_max_tokens: int | None = None
     max_output_tokens: int | None = None
     max_seconds: float | None = None
@@ -160,9 +163,14 @@ class EngineConfig:
             ("default_max_tokens", 1),
             ("max_output_tokens", 1),
             ("run_ahead", 0),
+            ("steps_per_dispatch", 1),
         ):
             if getattr(self, name) is not None:
                 _integer(self, name, low)
+        if not self.run_ahead and (self.steps_per_dispatch or 1) > 1:
+            raise ConfigError(
+                f"steps_per_dispatch is {self.steps_per_dispatch} with run_ahead 0; allowed: 1, or a run_ahead above 0"
+            )
         if isinstance(self.speculative_config, Mapping):
             object.__setattr__(self, "speculative_config", _from_dict(SpeculativeConfig, self.speculative_config))
         if isinstance(self.repetition_detection, Mapping):

@@ -1,4 +1,5 @@
-"""Where a decode step's time goes: wall time, host time by phase, device busy time, graph updates, kernels by time.
+"""Where a step's time goes: wall time, host time by phase, device busy time, graph updates, kernels by time. Of decode
+steps at several batch sizes, and of the way to the first token of one prompt.
 
 Runs the engine's own scheduler and runner on this thread, first untraced (that is what the times are), then under the
 profiler with graphs left on (that is where device times and the number of graph updates come from).
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +37,44 @@ PHASES = ("schedule", "dispatch", "wait", "commit")
 class Loop:
     """The core's turn, phase by phase, with a clock around each."""
 
-    def __init__(self, core: EngineCore):
-        self.scheduler, self.runner = core.scheduler, core.runner
+    def __init__(self, core: EngineCore, run_ahead: int):
+        self.scheduler, self.runner, self.run_ahead = core.scheduler, core.runner, run_ahead
+        self.num_steps = 0
         self.in_flight: deque[tuple[Any, Any]] = deque()
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    def run(self, num_steps: int) -> None:
+        """At least so many steps; a turn may make several."""
+        until = self.num_steps + num_steps
+        while self.num_steps < until:
+            self.step()
 
     def step(self) -> None:
         clock = time.perf_counter
         times = [clock()]
-        plan = self.scheduler.schedule()
+        plans: list[Any] = []
+        while (not plans or self.runner.takes_another(plans)) and (plan := self.scheduler.schedule()) is not None:
+            plans.append(plan)
         times.append(clock())
-        if plan is not None:
-            self.in_flight.append((plan, self.runner.dispatch(plan)))
+        self.in_flight.extend(zip(plans, self.runner.dispatch(plans), strict=True))
         times.append(clock())
-        if self.in_flight and (plan is None or len(self.in_flight) > self.scheduler.config.run_ahead):
-            plan, step = self.in_flight.popleft()
-            result = self.runner.fetch(step)
-            times.append(clock())
-            self.scheduler.commit(plan, result)
-            times.append(clock())
-        for phase, before, after in zip(PHASES, times, times[1:], strict=False):
-            self.seconds[phase].append(after - before)
+        self.seconds["schedule"].append(times[1] - times[0])
+        self.seconds["dispatch"].append(times[2] - times[1])
+        self.num_steps += len(plans)
+        if not plans and self.in_flight:
+            self.commit_oldest()
+        while len(self.in_flight) > max(self.run_ahead, len(plans)):
+            self.commit_oldest()
+
+    def commit_oldest(self) -> None:
+        clock = time.perf_counter
+        plan, step = self.in_flight.popleft()
+        before = clock()
+        result = self.runner.fetch(step)
+        fetched = clock()
+        self.scheduler.commit(plan, result)
+        self.seconds["wait"].append(fetched - before)
+        self.seconds["commit"].append(clock() - fetched)
 
     def fill(self, batch: int, prompt_len: int, max_tokens: int, rng: random.Random, params: dict[str, Any]) -> None:
         """Admits a batch and runs until all of it decodes."""
@@ -77,17 +96,15 @@ class Loop:
         self.scheduler.clear_prefix_cache()
 
 
-def trace(loop: Loop, steps: int, directory: Path) -> list[dict[str, Any]]:
-    """The complete events of ``steps`` traced steps."""
+def trace(loop: Loop, work: Callable[[], None], directory: Path) -> list[dict[str, Any]]:
+    """The complete events of what ``work`` makes the device do."""
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = 2
     options.python_tracer_level = 0
     with jax.profiler.trace(str(directory), profiler_options=options):
-        for _ in range(steps):
-            loop.step()
+        work()
         while loop.in_flight:
-            plan, step = loop.in_flight.popleft()
-            loop.scheduler.commit(plan, loop.runner.fetch(step))
+            loop.commit_oldest()
     newest = max(directory.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     events = json.loads(gzip.decompress(newest.read_bytes()))["traceEvents"]
     processes = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
@@ -126,16 +143,58 @@ def report(events: list[dict[str, Any]], steps: int, kernels: int) -> dict[str, 
     return {"device busy us": busy / steps, "span us": span / steps, "graph updates": len(graphs) / steps}
 
 
+def profile_decode(loop: Loop, batch: int, rng: random.Random, args: argparse.Namespace) -> dict[str, Any]:
+    """Steady decode of ``batch`` requests."""
+    loop.fill(batch, args.prompt_len, 4 * args.steps + 100, rng, {"temperature": args.temperature})
+    loop.run(10)
+    walls = []
+    loop.seconds = {phase: [] for phase in PHASES}
+    before_all = loop.num_steps
+    for _ in range(3):
+        start, before = time.perf_counter(), loop.num_steps
+        loop.run(args.steps // 3)
+        walls.append(1e3 * (time.perf_counter() - start) / (loop.num_steps - before))
+    num_steps = loop.num_steps - before_all
+    phases = {phase: 1e3 * sum(seconds) / num_steps for phase, seconds in loop.seconds.items()}
+    print(
+        f"batch {batch}: {statistics.median(walls):.3f} ms a step ({min(walls):.3f}..{max(walls):.3f}); host: "
+        + ", ".join(f"{phase} {ms:.3f}" for phase, ms in phases.items())
+    )
+    before = loop.num_steps
+    events = trace(loop, lambda: loop.run(args.trace_steps), args.out / f"batch_{batch}")
+    figures = report(events, loop.num_steps - before, args.kernels)
+    loop.drain()
+    return {"ms a step": walls, "host ms": phases, **figures}
+
+
+def profile_prefill(loop: Loop, prompt_len: int, rng: random.Random, args: argparse.Namespace) -> dict[str, Any]:
+    """From the arrival of one prompt to its first token on the host, nothing else running; without the fronts."""
+    settings = {"temperature": args.temperature}
+    walls = []
+    for _ in range(7):
+        start = time.perf_counter()
+        loop.fill(1, prompt_len, 2, rng, settings)
+        walls.append(1e3 * (time.perf_counter() - start))
+        loop.drain()
+    print(f"first token of {prompt_len}: {statistics.median(walls):.2f} ms ({min(walls):.2f}..{max(walls):.2f})")
+    events = trace(loop, lambda: loop.fill(1, prompt_len, 2, rng, settings), args.out / f"prefill_{prompt_len}")
+    figures = report(events, 1, args.kernels)
+    loop.drain()
+    return {"ms": walls, **figures}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="configs/models/qwen3-0.6b.toml")
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 64, 256])
     parser.add_argument("--prompt-len", type=int, default=512)
+    parser.add_argument("--prefills", type=int, nargs="*", default=[1024], help="prompt lengths")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--trace-steps", type=int, default=10)
     parser.add_argument("--kernels", type=int, default=14)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--run-ahead", type=int, default=2)
+    parser.add_argument("--steps-per-dispatch", type=int)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--attention-implementation", default="auto")
@@ -151,32 +210,18 @@ def main() -> None:
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         run_ahead=args.run_ahead,
+        steps_per_dispatch=args.steps_per_dispatch,
         attention_implementation=args.attention_implementation,
     )
     engine = build_engine(config, progress=False)
     print(json.dumps(engine.info, default=str))
-    loop = Loop(engine.core)
+    loop = Loop(engine.core, args.run_ahead)
     rng = random.Random(0)
-    results = {}
+    results: dict[str, Any] = {}
+    for prompt_len in args.prefills:
+        results[f"prefill {prompt_len}"] = profile_prefill(loop, prompt_len, rng, args)
     for batch in args.batches:
-        loop.fill(batch, args.prompt_len, 4 * args.steps, rng, {"temperature": args.temperature})
-        for _ in range(10):
-            loop.step()
-        walls = []
-        loop.seconds = {phase: [] for phase in PHASES}
-        for _ in range(3):
-            start = time.perf_counter()
-            for _ in range(args.steps // 3):
-                loop.step()
-            walls.append(1e3 * (time.perf_counter() - start) / (args.steps // 3))
-        phases = {phase: 1e3 * statistics.median(seconds) for phase, seconds in loop.seconds.items()}
-        print(
-            f"batch {batch}: {statistics.median(walls):.3f} ms a step ({min(walls):.3f}..{max(walls):.3f}); host: "
-            + ", ".join(f"{phase} {ms:.3f}" for phase, ms in phases.items())
-        )
-        events = trace(loop, args.trace_steps, args.out / f"batch_{batch}")
-        results[batch] = {"ms a step": walls, "host ms": phases, **report(events, args.trace_steps, args.kernels)}
-        loop.drain()
+        results[f"decode {batch}"] = profile_decode(loop, batch, rng, args)
     print(json.dumps(results))
 
 

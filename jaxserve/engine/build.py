@@ -24,7 +24,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import PagedAttention
-from jaxserve.runner.buckets import row_buckets, token_buckets
+from jaxserve.runner.buckets import burst_buckets, row_buckets, token_buckets
 from jaxserve.runner.config import NgramConfig, RunnerConfig
 from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executables import Compiler, propose_keys, sample_keys, temp_bytes
@@ -45,6 +45,7 @@ _DEFAULTS = {  # by platform: max_num_seqs, max_num_batched_tokens, block_size
     "gpu": (256, 8192, 64),
     "tpu": (256, 8192, 128),
 }
+_STEPS_PER_DISPATCH = {"gpu": 4}  # by platform; elsewhere 1
 _TOKEN_COST = {"cpu": 0.36, "gpu": 0.03, "tpu": 0.03}  # of one more token in a row; on CPU eight tokens cost 3.5
 
 
@@ -105,7 +106,13 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     runner = Runner(model, params, attention, runner_config, drafter)
     runner.start(progress=progress)
     scheduler = Scheduler(_scheduler_config(config, runner_config, _adaptive(config, platform, drafter)))
-    core = EngineCore(scheduler, runner, watchdog_seconds=config.watchdog_seconds, strict_compile=config.strict_compile)
+    core = EngineCore(
+        scheduler,
+        runner,
+        run_ahead=config.run_ahead,
+        watchdog_seconds=config.watchdog_seconds,
+        strict_compile=config.strict_compile,
+    )
     seconds = {"load": loaded - began, **_known(runner.executables).seconds, "total": time.perf_counter() - began}
     engine = Engine(
         core=core,
@@ -157,6 +164,8 @@ def _resolve(config: EngineConfig, model: ModelConfig, platform: str) -> EngineC
         max_num_seqs=seqs,
         max_num_batched_tokens=batched,
         block_size=config.block_size or block_size,
+        steps_per_dispatch=config.steps_per_dispatch
+        or (_STEPS_PER_DISPATCH.get(platform, 1) if config.run_ahead else 1),
     )
 
 
@@ -171,6 +180,7 @@ def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> R
     """Everything but the number of blocks, which is that of a trial here."""
     seqs, tokens = _known(config.max_num_seqs), _known(config.max_num_batched_tokens)
     rows = row_buckets(seqs, platform)
+    burst_len = _known(config.steps_per_dispatch)
     drafts = config.speculative_config
     ngram = None
     if drafts is not None and drafts.method == "ngram":
@@ -188,6 +198,8 @@ def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> R
         limits=config.limits,
         token_buckets=token_buckets(tokens, rows, platform),
         row_buckets=rows,
+        burst_len=burst_len,
+        burst_buckets=burst_buckets(rows, drafts.num_speculative_tokens if drafts else 0) if burst_len > 1 else (),
     )
 
 
@@ -256,7 +268,7 @@ def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: Adap
         adaptive_drafts=adaptive,
         enable_prefix_caching=config.enable_prefix_caching,
         policy=config.scheduling_policy,
-        run_ahead=config.run_ahead,
+        run_ahead=max(config.run_ahead, 2 * runner.burst_len - 1),  # a burst is planned while another is in flight
         max_seconds=config.max_seconds,
         repetition=config.repetition,
         repetition_detection=config.repetition_detection,
@@ -297,6 +309,7 @@ def _info(
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "block_size": config.block_size,
+        "steps per dispatch": _describe_bursts(runner.config),
         "drafts": _describe_drafts(config),
         "executables": _known(runner.executables).num_executables,
         "executables of the draft model": len(_known(runner.executables).propose),
@@ -304,6 +317,12 @@ def _info(
         "EOS token ids": list(eos),
         "generation defaults": dict(checkpoint.sampling_defaults) or "SamplingParams()",
     }
+
+
+def _describe_bursts(config: RunnerConfig) -> str:
+    if not config.burst_buckets:
+        return "1"
+    return f"{config.burst_len} where at most {config.burst_buckets[-1][1]} requests run, else 1"
 
 
 def _describe_drafts(config: EngineConfig) -> str:

@@ -35,7 +35,13 @@ _IDLE_CHECK_SECONDS = 1.0
 class StepRunner(Protocol):
     """What the core needs of a runner."""
 
-    def dispatch(self, plan: StepPlan) -> Any: ...
+    def takes_another(self, plans: Sequence[StepPlan]) -> bool:
+        """Whether one more plan could go to the device in the same call as these."""
+        ...
+
+    def dispatch(self, plans: Sequence[StepPlan]) -> Sequence[Any]:
+        """Sends consecutive plans to the device; something to ``fetch`` for each."""
+        ...
 
     def fetch(self, step: Any) -> StepResult: ...
 
@@ -53,6 +59,8 @@ class EngineCore:
     Args:
         scheduler: decides.
         runner: computes.
+        run_ahead: steps in flight before the oldest result is read, or a burst if that is longer; None is the
+            scheduler's, which is the most that it allows.
         watchdog_seconds: longest time between heartbeats while there is work.
         strict_compile: a compilation while serving kills the engine instead of being counted.
         check_invariants: check the scheduler after every step (tests); otherwise only while it's idle.
@@ -68,6 +76,7 @@ class EngineCore:
         scheduler: Scheduler,
         runner: StepRunner,
         *,
+        run_ahead: int | None = None,
         watchdog_seconds: float = 300.0,
         strict_compile: bool = False,
         check_invariants: bool = False,
@@ -76,6 +85,7 @@ class EngineCore:
         self.choice_ids: Iterator[int] = itertools.count()
         self.scheduler = scheduler
         self.runner = runner
+        self._run_ahead = scheduler.config.run_ahead if run_ahead is None else run_ahead
         self._watchdog_seconds = watchdog_seconds
         self._strict_compile = strict_compile
         self._check_invariants = check_invariants
@@ -194,18 +204,28 @@ class EngineCore:
             self._die(error)
 
     def step(self) -> None:
-        """One turn: plan and dispatch a step if one can be planned; then, or else, commit the oldest one."""
+        """One turn: plan and dispatch what can be planned; then, or else, commit the oldest steps."""
         self.heartbeat = time.monotonic()
         self._expire()
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            self._in_flight.append((plan, self.runner.dispatch(plan)))
-        if plan is None or len(self._in_flight) > self.scheduler.config.run_ahead:
+        plans = self._plan()
+        if plans:
+            self._in_flight.extend(zip(plans, self.runner.dispatch(plans), strict=True))
+            # A burst stays in flight while the next is planned; nothing of it could be read earlier anyway.
+            while len(self._in_flight) > max(self._run_ahead, len(plans)):
+                self._commit_oldest()
+        else:
             self._commit_oldest()
         if self._check_invariants:
             self.scheduler.check_invariants()
         if self._strict_compile and self._guard.num_compiles:
             raise CompileAfterWarmupError("an executable was compiled while serving; strict_compile forbids it")
+
+    def _plan(self) -> list[StepPlan]:
+        """The next plans, as many as the runner can send in one call; none before a result is committed, or at all."""
+        plans: list[StepPlan] = []
+        while (not plans or self.runner.takes_another(plans)) and (plan := self.scheduler.schedule()) is not None:
+            plans.append(plan)
+        return plans
 
     def _commit_oldest(self) -> None:
         if not self._in_flight:

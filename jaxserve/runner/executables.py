@@ -39,20 +39,23 @@ class SampleKey:
     @property
     def cost(self) -> tuple[int, int]:
         """Orders keys, so that the first that serves is the cheapest that serves."""
-        return self.tier, self.num_rows * (1 + self.num_drafts)
+        return self.num_rows * (1 + self.num_drafts), self.tier
 
     def serves(self, tier: Tier, num_drafts: int, num_rows: int) -> bool:
         return self.tier >= tier and self.num_drafts >= num_drafts and self.num_rows >= num_rows
 
 
 def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
-    """The sampling executables, cheapest first. The rarer ones come in few sizes; a step takes the next that serves."""
+    """The sampling executables, cheapest first. The rarer ones come in few sizes; a step takes the next that serves.
+
+    A greedy step takes PLAIN where there is no GREEDY of its size: noise costs less than more rows of the LM head.
+    """
     rows, K = config.row_buckets, config.max_drafts
     few = (rows[0], rows[-1]) if len(rows) > 1 and not K else (rows[-1],)
-    keys = [SampleKey(tier, K, size) for tier in (Tier.GREEDY, Tier.PLAIN) for size in rows]
+    keys = [SampleKey(Tier.GREEDY, K, size) for size in rows[::2]] + [SampleKey(Tier.PLAIN, K, size) for size in rows]
     keys += [SampleKey(tier, K, size) for tier in (Tier.TRUNCATED, Tier.FULL) for size in few]
     if K:  # a step without drafts takes the verifier where rows are few: the LM head costs the same there
-        keys += [SampleKey(tier, 0, size) for tier in (Tier.GREEDY, Tier.PLAIN) for size in rows[-2:]]
+        keys += [SampleKey(Tier.PLAIN, 0, size) for size in rows[-2:]]
     return tuple(sorted(keys, key=lambda key: key.cost))
 
 
@@ -72,6 +75,7 @@ class Executables:
     prompt_scores: Any
     forward: dict[tuple[int, int], Any]
     sample: dict[SampleKey, Any]
+    burst: dict[tuple[int, int], Any]
     propose: dict[SampleKey, Any]  # empty without a draft model
     prompt_score_tokens: int  # that one call of prompt_scores takes
     seconds: dict[str, float]  # of start-up, by phase
@@ -79,12 +83,12 @@ class Executables:
     @property
     def num_executables(self) -> int:
         """Without the draft model's."""
-        return 3 + len(self.forward) + len(self.sample)
+        return 3 + len(self.forward) + len(self.sample) + len(self.burst)
 
     def temp_bytes(self) -> int:
         """Largest temporary allocation of any executable on one device, in bytes."""
         everything = [self.stage, self.admit, self.prompt_scores]
-        for group in (self.forward, self.sample, self.propose):
+        for group in (self.forward, self.sample, self.burst, self.propose):
             everything += group.values()
         return max(temp_bytes(compiled) for compiled in everything)
 
@@ -116,21 +120,35 @@ class Compiler:
     draft_kv: tuple[KVPool, ...] = ()
 
     def lower_forward(self, num_tokens: int, num_rows: int) -> Any:
-        models, params, kv = [(self.model, self.attention)], [self.model.trunk_params(self.params)], [self.kv]
-        if (drafter := self.drafter) is not None:
-            models.append((drafter.model, drafter.attention))
-            params.append(drafter.model.trunk_params(drafter.params))
-            kv.append(self.draft_kv)
+        models, params, kv = self._trunks()
         run = functools.partial(
             step.forward,
-            models=tuple(models),
+            models=models,
             config=self.config,
             num_tokens=num_tokens,
             num_rows=num_rows,
         )
-        out = (self._pools(tuple(kv)), self._whole(self.scratch))
+        out = (self._pools(kv), self._whole(self.scratch))
         jitted = self._jit(_named(run, f"forward_{num_tokens}x{num_rows}"), donate=(1, 3), out=out)
-        return jitted.lower(tuple(params), tuple(kv), self.slots, self.scratch)
+        return jitted.lower(params, kv, self.slots, self.scratch)
+
+    def lower_burst(self, num_tokens: int, num_rows: int) -> Any:
+        """Tier PLAIN serves greedy rows too."""
+        models, params, kv = self._trunks()
+        config = self.config
+        run = functools.partial(
+            step.burst,
+            models=models,
+            config=config,
+            tier=Tier.PLAIN,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+        )
+        out = (self._pools(kv), self._whole(self.slots), self._whole(self.scratch), self._sharding(WHOLE))
+        jitted = self._jit(_named(run, f"burst_{num_tokens}x{num_rows}"), donate=(2, 3, 4), out=out)
+        heads = (self.model.head_params(self.params),) + (() if self.drafter is None else (self.drafter.params,))
+        packets = self._words(config.burst_len, packet_len(config))
+        return jitted.lower(params, heads, kv, self.slots, self.scratch, packets)
 
     def lower_sample(self, key: SampleKey) -> Any:
         run = functools.partial(
@@ -187,6 +205,8 @@ class Compiler:
         # The largest first: they take longest, and the others fill the gaps behind them.
         for tokens, rows in reversed(self.config.token_buckets):
             jobs[tokens, rows] = functools.partial(self.lower_forward, tokens, rows)
+        for tokens, rows in self.config.burst_buckets:
+            jobs["burst", tokens, rows] = functools.partial(self.lower_burst, tokens, rows)
         proposals: tuple[SampleKey, ...] = ()
         if self.drafter is not None:
             proposals = propose_keys(self.config)
@@ -215,10 +235,20 @@ class Compiler:
             prompt_scores=done["prompt_scores"],
             forward={key: done[key] for key in self.config.token_buckets},
             sample={key: done[key] for key in sample_keys(self.config)},
+            burst={key: done["burst", *key] for key in self.config.burst_buckets},
             propose={key: done["propose", key] for key in proposals},
             prompt_score_tokens=self._prompt_score_tokens(),
             seconds={"trace": lowering, "compile": time.perf_counter() - started - lowering},
         )
+
+    def _trunks(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """Models with their attention, parameters, pools: of the target, then of the draft model."""
+        models, params, kv = [(self.model, self.attention)], [self.model.trunk_params(self.params)], [self.kv]
+        if (drafter := self.drafter) is not None:
+            models.append((drafter.model, drafter.attention))
+            params.append(drafter.model.trunk_params(drafter.params))
+            kv.append(self.draft_kv)
+        return tuple(models), tuple(params), tuple(kv)
 
     def _jit(self, function: Any, *, donate: tuple[int, ...], out: Any) -> Any:
         # An argument that is only overwritten must not be dropped: its buffer is what the output goes to, so that

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ class Dispatched:
     """A step on its way."""
 
     plan: StepPlan
-    words: jax.Array  # int32[R, ...], see step.sample
+    words: jax.Array  # int32[R, ...], see step.sample; of a burst int32[N, R, ...]
+    place: tuple[int, ...]  # of the step in ``words``: (n,) in a burst, else ()
     num_drafts: int
     with_logprobs: bool
     prompt_windows: tuple[PromptWindow, ...]
@@ -82,6 +83,7 @@ class Runner:
             self._trunk += (drafter.model.trunk_params(drafter.params),)
         self._drafter = drafter
         self._head = model.head_params(params)
+        self._heads = (self._head,) if drafter is None else (self._head, drafter.params)
         self._params = params
         self.executables: Executables | None = None
 
@@ -117,10 +119,56 @@ class Runner:
             draft_kv=self._place(draft_kv, POOL),
         )
 
-    def dispatch(self, plan: StepPlan) -> Dispatched:
-        """Sends one step to the device: an upload, three or more launches, no wait."""
-        if plan.token_mask is not None:
-            raise ValueError("the plan has a token_mask; the runner uploads none")
+    def takes_another(self, plans: Sequence[StepPlan]) -> bool:
+        """Whether one more plan, if it is of their kind, can go to the device in the same call as these."""
+        return len(plans) < self.config.burst_len and all(self._burst_bucket([plan]) is not None for plan in plans[-1:])
+
+    def dispatch(self, plans: Sequence[StepPlan]) -> list[Dispatched]:
+        """Sends consecutive steps to the device, as one burst if there is one for them; doesn't wait.
+
+        Raises:
+            ValueError: a plan has a token_mask; the runner uploads none.
+        """
+        for plan in plans:
+            if plan.token_mask is not None:
+                raise ValueError("the plan has a token_mask; the runner uploads none")
+        if len(plans) == self.config.burst_len > 1 and (bucket := self._burst_bucket(plans)) is not None:
+            return self._dispatch_burst(plans, bucket)
+        return [self._dispatch_one(plan) for plan in plans]
+
+    def _burst_bucket(self, plans: Sequence[StepPlan]) -> tuple[int, int] | None:
+        """The bucket for a burst of these; None where one of them isn't a step that a burst can make.
+
+        A burst's steps sample at every row, by tier PLAIN at most, admit nobody and score no prompts. Where a model
+        drafts, it drafts in all of them.
+        """
+        num_tokens = num_rows = 0
+        for plan in plans:
+            if plan.admissions or not plan.samples.all() or self._tiers[plan.slots].max() > Tier.PLAIN:
+                return None
+            if any(choice.needs_prompt_logprobs for choice in plan.choices):
+                return None
+            if self._drafter is not None and not plan.num_drafts.any():
+                return None
+            num_tokens, num_rows = max(num_tokens, plan.num_tokens), max(num_rows, len(plan.slots))
+        for tokens, rows in self.config.burst_buckets:
+            if num_tokens <= tokens and num_rows <= rows:
+                return tokens, rows
+        return None
+
+    def _dispatch_burst(self, plans: Sequence[StepPlan], bucket: tuple[int, int]) -> list[Dispatched]:
+        words = self._run_burst(bucket, np.stack([pack_plan(plan, self.config) for plan in plans]))
+        return [Dispatched(plan, words, (n,), self.config.max_drafts, False, ()) for n, plan in enumerate(plans)]
+
+    def _run_burst(self, bucket: tuple[int, int], packets: np.ndarray) -> jax.Array:  # int32[N, packet_len]
+        self._kv, self._slots, self._scratch, words = self._started().burst[bucket](
+            self._trunk, self._heads, self._kv, self._slots, self._scratch, packets
+        )
+        words.copy_to_host_async()
+        return words  # int32[N, R, ...]
+
+    def _dispatch_one(self, plan: StepPlan) -> Dispatched:
+        """An upload and three or more launches."""
         executables = self._started()
         self._admit(plan)
         self._slots = executables.stage(self._slots, pack_plan(plan, self.config))
@@ -135,11 +183,11 @@ class Runner:
         key = next(key for key in executables.sample if key.serves(tier, drafts, num_rows))
         self._slots, words = executables.sample[key](self._head, self._slots, self._scratch)
         words.copy_to_host_async()
-        return Dispatched(plan, words, key.num_drafts, key.tier >= Tier.FULL, windows)
+        return Dispatched(plan, words, (), key.num_drafts, key.tier >= Tier.FULL, windows)
 
     def fetch(self, step: Dispatched) -> StepResult:
         """Waits for a step and returns its result."""
-        words = np.asarray(step.words)[: len(step.plan.slots)]  # [R, ...]
+        words = np.asarray(step.words)[step.place][: len(step.plan.slots)]  # [R, ...]
         K = step.num_drafts
         logprobs = None
         if step.with_logprobs and any(choice.params.logprobs is not None for choice in step.plan.choices):
@@ -221,6 +269,8 @@ class Runner:
             self._slots = executables.stage(self._slots, packet)
             for forward in executables.forward.values():
                 self._kv, self._scratch = forward(self._trunk, self._kv, self._slots, self._scratch)
+            for bucket in executables.burst:
+                self._run_burst(bucket, np.stack([packet] * self.config.burst_len))
             executables.prompt_scores(self._head, self._slots, self._scratch, np.zeros(3, np.int32))
             if self._drafter is not None:
                 for propose in executables.propose.values():

@@ -5,7 +5,8 @@
     forward(params, kv, slots, scratch) -> kv, scratch   embed, layers, KV write; hidden states to sample from
     sample(params, slots, scratch) -> slots, words       LM head, sampler, accept; what the host wants to know
 
-With a draft model, draft.py's ``propose`` runs between stage and forward.
+With a draft model, draft.py's ``propose`` runs between stage and forward. ``burst`` does stage, forward and sample for
+several plans in one call: small steps take the device less time than calls take the host.
 
 All state is donated, so its addresses never change, and every effect is ordered by data dependence.
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from jaxserve.models.registry import Model
 from jaxserve.runner.attend import PagedAttention
 from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.draft import propose as draft_tokens
 from jaxserve.runner.layout import lay_out
 from jaxserve.runner.packet import Fields, unpack_plan
 from jaxserve.runner.state import Scratch, SlotState, StagedPlan
@@ -137,7 +139,8 @@ def sample(
     """Samples at R = num_rows rows and 1 + num_drafts positions each, and advances the slots.
 
     Returns:
-        The slots, and int32[R, result_words]: see ``result_words``.
+        The slots, and int32[R, 3 + K], with logprobs more: tokens emitted, tokens drafted, the K + 1 tokens sampled,
+        and for each of those what ``pack_logprobs`` says.
     """
     R, S, K = num_rows, config.max_num_seqs, num_drafts
     where = slots.plan.slots[:R]
@@ -172,6 +175,64 @@ def sample(
     if logprobs is not None:
         words.append(pack_logprobs(logprobs).reshape(R, -1))
     return advanced, jnp.concatenate(words, axis=1)
+
+
+def burst(
+    params: tuple[Any, ...],  # Model.trunk_params of each model
+    heads: tuple[Any, ...],  # the first model's Model.head_params; of a draft model all params
+    kv: tuple[tuple[KVPool, ...], ...],  # of each model
+    slots: SlotState,
+    scratch: Scratch,
+    packets: jax.Array,  # int32[N, packet_len]: a packet for each step
+    *,
+    models: tuple[tuple[Model, PagedAttention], ...],
+    config: RunnerConfig,
+    tier: Tier,
+    num_tokens: int,
+    num_rows: int,
+) -> tuple[tuple[tuple[KVPool, ...], ...], SlotState, Scratch, jax.Array]:
+    """N steps, one after the other, each as ``stage``, ``forward`` and ``sample`` make it.
+
+    ``tier`` is below FULL: nobody wants logprobs.
+
+    Returns:
+        KV pools, slots, scratch, and the steps' results int32[N, R, 3 + K].
+    """
+    num_steps = packets.shape[0]  # static: XLA runs such a loop without asking the device after each turn
+    words = jnp.zeros((num_steps, num_rows, 3 + config.max_drafts), jnp.int32)
+
+    def one(index: jax.Array, carry: tuple[Any, SlotState, Scratch, jax.Array]) -> Any:
+        kv, slots, scratch, words = carry
+        slots = stage(slots, packets[index], config=config)
+        if len(models) > 1:
+            model, attention = models[1]
+            draft_kv, slots = draft_tokens(
+                heads[1],
+                kv[1],
+                slots,
+                model=model,
+                attention=attention,
+                config=config,
+                tier=tier,
+                num_rows=num_rows,
+            )
+            kv = (kv[0], draft_kv)
+        kv, scratch = forward(
+            params, kv, slots, scratch, models=models, config=config, num_tokens=num_tokens, num_rows=num_rows
+        )
+        slots, result = sample(
+            heads[0],
+            slots,
+            scratch,
+            model=models[0][0],
+            config=config,
+            tier=tier,
+            num_rows=num_rows,
+            num_drafts=config.max_drafts,
+        )
+        return kv, slots, scratch, words.at[index].set(result)
+
+    return jax.lax.fori_loop(0, num_steps, one, (kv, slots, scratch, words))
 
 
 def prompt_scores(

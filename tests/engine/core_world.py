@@ -57,16 +57,26 @@ class FakeRunner:
     Attributes:
         log: ("dispatch" | "fetch", step_id), in order.
         plans: every dispatched plan.
+        calls: how many plans each dispatch brought.
         hook: called with every entry of the log before it happens; it may raise, block or call the core.
     """
 
-    def __init__(self, hook: Callable[[str, int], None] | None = None) -> None:
+    def __init__(self, hook: Callable[[str, int], None] | None = None, burst_len: int = 1) -> None:
+        self.burst_len = burst_len
+        self.calls: list[int] = []
         self.log: list[tuple[str, int]] = []
         self.plans: list[StepPlan] = []
         self.hook = hook or (lambda what, step_id: None)
         self._slots: dict[int, Slot] = {}
 
-    def dispatch(self, plan: StepPlan) -> StepResult:
+    def takes_another(self, plans: Sequence[StepPlan]) -> bool:
+        return len(plans) < self.burst_len
+
+    def dispatch(self, plans: Sequence[StepPlan]) -> list[StepResult]:
+        self.calls.append(len(plans))
+        return [self._run(plan) for plan in plans]
+
+    def _run(self, plan: StepPlan) -> StepResult:
         self.hook("dispatch", plan.step_id)
         self.log.append(("dispatch", plan.step_id))
         self.plans.append(plan)

@@ -38,12 +38,13 @@ class Watched:
     """A StepRunner that shows its plans."""
 
     def __init__(self, runner: StepRunner, watch: Callable[[StepPlan], None]) -> None:
-        self.fetch = runner.fetch
+        self.fetch, self.takes_another = runner.fetch, runner.takes_another
         self._dispatch, self._watch = runner.dispatch, watch
 
-    def dispatch(self, plan: StepPlan) -> Any:
-        self._watch(plan)
-        return self._dispatch(plan)
+    def dispatch(self, plans: Sequence[StepPlan]) -> Sequence[Any]:
+        for plan in plans:
+            self._watch(plan)
+        return self._dispatch(plans)
 
 
 class Tiny:

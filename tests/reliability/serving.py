@@ -77,17 +77,21 @@ class Runner:
         self.fetched: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result
         self.draft: Callable[[Choice, int], list[int]] | None = None
 
-    def dispatch(self, plan: StepPlan) -> Any:
+    def takes_another(self, plans: Sequence[StepPlan]) -> bool:
+        return False
+
+    def dispatch(self, plans: Sequence[StepPlan]) -> list[Any]:
+        (plan,) = plans
         self.before(plan)
         executables = self.real.executables
         if self.draft is not None:
             self.real.executables = dataclasses.replace(
                 executables, stage=lambda slots, packet: self._with_drafts(executables.stage(slots, packet), plan)
             )
-        step = self.real.dispatch(plan)
+        (step,) = self.real.dispatch(plans)
         self.real.executables = executables
         self.dispatched(plan)
-        return step
+        return [step]
 
     def fetch(self, step: Any) -> StepResult:
         return self.fetched(step.plan, self.real.fetch(step))

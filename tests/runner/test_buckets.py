@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.runner.buckets import pick_forward, pick_rows, row_buckets, token_buckets
+from jaxserve.runner.buckets import burst_buckets, pick_forward, pick_rows, row_buckets, token_buckets
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.executables import sample_keys
 from jaxserve.sampling.tier import Tier
@@ -64,9 +64,19 @@ def test_buckets_are_ascending_and_end_at_the_limits(limits, platform):
 @pytest.mark.parametrize("drafts", [0, 1, 4])
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_at_most_24_executables_by_default(platform, drafts):
-    """Forward and sampling, as the design counts them."""
+    """Forward and sampling, as the design counts them, and bursts, which are both."""
     config = config_for(platform, *DEFAULTS[platform], drafts)
-    assert len(config.token_buckets) + len(sample_keys(config)) <= 24
+    bursts = burst_buckets(config.row_buckets, drafts)
+    assert len(config.token_buckets) + len(sample_keys(config)) + len(bursts) <= 24
+
+
+def test_bursts_have_few_rows_and_room_for_their_drafts():
+    assert burst_buckets((8, 32, 64, 128), 0) == ((8, 8), (64, 64))
+    assert burst_buckets((8, 32, 64, 128), 2) == ((8, 8), (32, 8))
+    assert burst_buckets((8, 32, 64, 128), 4) == ((8, 8), (64, 8))
+    assert burst_buckets((8, 32, 64, 128), 9) == ((8, 8), (64, 8))
+    assert burst_buckets((8,), 0) == burst_buckets((8,), 4) == ((8, 8),)
+    assert burst_buckets((100,), 0) == ()
 
 
 def test_a_step_beyond_the_limits_is_an_error():
@@ -90,6 +100,5 @@ def test_every_step_has_a_sampler_and_the_cheapest_that_serves_comes_first(limit
     serving = [key for key in keys if key.serves(tier, drafts, rows)]
     first = next(key for key in keys if key.serves(tier, drafts, rows))
     assert first.tier >= tier and first.num_drafts in (drafts, max_drafts) and first.num_rows >= rows
-    assert first.tier == min(key.tier for key in serving), "a row must not pay for processors that it doesn't use"
-    same_tier = [key for key in serving if key.tier == first.tier]
-    assert first.num_rows * (1 + first.num_drafts) == min(key.num_rows * (1 + key.num_drafts) for key in same_tier)
+    assert first.num_rows * (1 + first.num_drafts) == min(key.num_rows * (1 + key.num_drafts) for key in serving)
+    assert first.tier <= max(tier, Tier.PLAIN), "a row must not pay for processors that it doesn't use"
