@@ -189,4 +189,5 @@ def _run(
         scratch_types=[plgpu.SMEM((TT, 2, D), values.dtype)],
         # Nothing that a thread reads is written here.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="qkv_prologue",
     )(*operands, values)
