@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import make_spec
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
+from simulator import SIMULATOR, recorded_races
 
 from pallas_kernels.ragged_paged_attention import api, tpu_write
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
@@ -86,11 +85,7 @@ def test_every_token_lands_in_its_slot_and_nowhere_else(kv_dtype: str, tolerance
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn", "int8"])
-@pytest.mark.parametrize(
-    "interpret",
-    [True, pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")],
-    ids=["numbers", "simulator"],
-)
+@pytest.mark.parametrize("interpret", [True, SIMULATOR], ids=["numbers", "simulator"])
 def test_the_tpu_kernel_writes_what_the_scatter_writes(kv_dtype: str, interpret: Any) -> None:
     """Runs within a segment, across segments and blocks, lone tokens, and padding in the middle and at the end."""
     spec = make_spec(num_kv_heads=2, head_dim=64, block_size=64, kv_dtype=kv_dtype)
@@ -105,15 +100,14 @@ def test_the_tpu_kernel_writes_what_the_scatter_writes(kv_dtype: str, interpret:
     pool = KVLayout(128).empty_pool(spec, _N)
     pool = KVPool(jnp.asarray(rng.integers(-100, 100, pool.values.shape)).astype(kv_dtype), pool.scales)
     expected = api.write_kv(k, v, pool, batch, spec)
-    written = jax.jit(tpu_write.write_kv, static_argnums=4, static_argnames="interpret")(
-        k, v, pool, batch, spec, interpret=interpret
-    )
+    write = jax.jit(tpu_write.write_kv, static_argnums=4, static_argnames="interpret")
+    with recorded_races() as races:
+        written = jax.block_until_ready(write(k, v, pool, batch, spec, interpret=interpret))
     assert jnp.array_equal(written.values.astype(jnp.float32), expected.values.astype(jnp.float32))
     if kv_dtype != "bfloat16":
         assert jnp.array_equal(written.scales, expected.scales)
-    if interpret is not True:
-        races = interpret_pallas_call.races
-        assert races is not None and not races.races_found
+    assert len(races) == (interpret is SIMULATOR)
+    assert not any(state.races_found for state in races)
 
 
 def test_fp8_saturates_instead_of_turning_into_nan() -> None:

@@ -5,23 +5,22 @@ The whole contract is slow here (each case compiles an unrolled interpretation);
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from attention_cases import FAST_COMPILE, FEATURES, AttentionContract, check, make_case, make_spec
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+from simulator import SIMULATOR, recorded_races
 
 from pallas_kernels.ragged_paged_attention import tpu
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
 
 _attend = jax.jit(tpu.attend, static_argnums=3, static_argnames="interpret", compiler_options=FAST_COMPILE)
-_SIMULATOR = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
 
 
 class Interpreted(AttentionContract):
@@ -78,31 +77,21 @@ def test_no_access_races_with_a_dma_or_reads_what_was_never_written(
     monkeypatch.setattr(tpu, "_CHUNK_BYTES", 1 << 15)
     spec = make_spec(block_size=32, num_heads=2, **changes)
     jax.clear_caches()
-    check(partial(_attend, interpret=_SIMULATOR), make_case(spec, rows, layout=tpu.kv_layout(spec)))
-    assert interpret_pallas_call.races is not None
-    assert not interpret_pallas_call.races.races_found
+    with recorded_races() as races:
+        check(partial(_attend, interpret=SIMULATOR), make_case(spec, rows, layout=tpu.kv_layout(spec)))
+    assert len(races) == 2  # short rows and long rows
+    assert not any(state.races_found for state in races)
 
 
-@pytest.mark.slow  # a race found late is raised in the simulator's own threads, which can upset the tests beside it
 def test_the_simulator_finds_a_missing_wait() -> None:
     """That the test above can fail."""
-
-    def kernel(x: Any, out: Any, buffer: Any, sem: Any) -> None:
-        copy = pltpu.make_async_copy(x, buffer, sem)
-        copy.start()
-        out[...] = buffer[...]
-        copy.wait()
-
-    x = jnp.ones((8, 128))
-    out = pl.pallas_call(
-        kernel,
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
-        interpret=_SIMULATOR,
-    )(x)
-    races = interpret_pallas_call.races
-    assert (races is not None and races.races_found) or np.isnan(np.asarray(out)).all()
+    program = Path(__file__).with_name("planted_race.py")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "waits": {"race": False, "unwritten": False},
+        "reads_first": {"race": True, "unwritten": True},
+    }
 
 
 @pytest.mark.parametrize(

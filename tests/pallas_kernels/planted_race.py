@@ -1,0 +1,46 @@
+"""Two kernels in the simulator, one of which reads a buffer before it waits for the copy into it. Prints what was
+found, as JSON. A program of its own: the simulator is global, and a kernel with a race could upset the tests beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from simulator import SIMULATOR, recorded_races
+
+
+def copied(*, waits: bool) -> dict[str, bool]:
+    """Whether a kernel that copies ones raced, and whether it read what was never written."""
+
+    def kernel(x: Any, out: Any, buffer: Any, sem: Any) -> None:
+        copy = pltpu.make_async_copy(x, buffer, sem)
+        copy.start()
+        if waits:
+            copy.wait()
+        out[...] = buffer[...]
+        if not waits:
+            copy.wait()
+
+    x = jnp.ones((8, 128))
+    with recorded_races() as races:
+        out = pl.pallas_call(
+            kernel,
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+            scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+            interpret=SIMULATOR,
+        )(x)
+        unwritten = bool(np.isnan(np.asarray(out)).all())  # waits for the kernel
+    (state,) = races
+    return {"race": state.races_found, "unwritten": unwritten}
+
+
+if __name__ == "__main__":
+    found = {"waits": copied(waits=True), "reads_first": copied(waits=False)}
+    print(json.dumps(found))
