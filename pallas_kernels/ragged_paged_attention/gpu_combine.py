@@ -88,4 +88,5 @@ def combine(
         grid_names=("tile", "head"),
         scratch_types=[plgpu.SMEM((rows, D), jnp.bfloat16)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="ragged_paged_attention_combine",
     )(part, lse, work.tiles, work.share, out_ref)

@@ -389,5 +389,6 @@ def decode(
         num_threads=(3 if fp8 else 2) * streams,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="ragged_paged_attention_decode",
     )(*operands)
     return out.reshape(T, Hq, D), part, lse

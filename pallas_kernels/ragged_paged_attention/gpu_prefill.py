@@ -343,4 +343,5 @@ def prefill(
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="ragged_paged_attention_prefill",
     )(*operands, out_ref)
