@@ -107,7 +107,8 @@ class EngineConfig:
         repetition_detection: what counts as a loop: a RepetitionDetection or a dict of its fields.
         watchdog_seconds: a step that takes longer than this kills the engine, loudly.
         strict_compile: an executable born after warm-up is an error instead of a counted warning.
-        compilation_cache_dir: JAX's persistent compilation cache.
+        compilation_cache_dir: where compiled executables are kept for the next start, as is JAX's own cache; a
+            directory to be trusted like the installation. None: nothing is kept.
     """
 
     model: str

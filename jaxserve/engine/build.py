@@ -25,9 +25,12 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import PagedAttention
 from jaxserve.runner.buckets import burst_buckets, row_buckets, token_buckets
+from jaxserve.runner.compile import measure_temp
+from jaxserve.runner.compiler import Compiler
 from jaxserve.runner.config import NgramConfig, RunnerConfig
 from jaxserve.runner.draft import DraftModel
-from jaxserve.runner.executables import Compiler, propose_keys, sample_keys, temp_bytes
+from jaxserve.runner.executable_cache import ExecutableCache
+from jaxserve.runner.executables import propose_keys, sample_keys
 from jaxserve.runner.memory import MemoryPlan, check_fits, plan_blocks
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduler.adaptive import AdaptiveDrafts
@@ -104,7 +107,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     check_fits(memory, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
-    runner.start(progress=progress)
+    runner.start(cache_dir=config.compilation_cache_dir, progress=progress)
     scheduler = Scheduler(_scheduler_config(config, runner_config, _adaptive(config, platform, drafter)))
     core = EngineCore(
         scheduler,
@@ -235,22 +238,23 @@ def _plan_memory(config: EngineConfig, runner: Runner, mesh: Mesh) -> MemoryPlan
         limit=limit,
         params=stats.get("bytes_in_use", sum(_bytes_on(device, leaf) for leaf in leaves.values())),
         state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((compiler.slots, compiler.scratch))),
-        temp=0 if limit is None or explicit else _trial_temp(compiler),
+        temp=0 if limit is None or explicit else _trial_temp(compiler, config.compilation_cache_dir),
         block=block,
         override=config.num_gpu_blocks_override,
         kv_bytes=config.kv_cache_memory_bytes,
     )
 
 
-def _trial_temp(compiler: Compiler) -> int:
+def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
     """Temporaries of the largest forward, sampler and proposer, compiled with a small pool."""
+    cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
     largest = [
-        compiler.lower_forward(*compiler.config.token_buckets[-1]),
-        compiler.lower_sample(sample_keys(compiler.config)[-1]),
+        compiler.forward(*compiler.config.token_buckets[-1]),
+        compiler.sample(sample_keys(compiler.config)[-1]),
     ]
     if compiler.drafter is not None:
-        largest.append(compiler.lower_propose(compiler.drafter, propose_keys(compiler.config)[-1]))
-    return max(temp_bytes(lowered.compile()) for lowered in largest)
+        largest.append(compiler.propose(compiler.drafter, propose_keys(compiler.config)[-1]))
+    return max(measure_temp(task, cache) for task in largest)
 
 
 def _bytes_on(device: Any, array: jax.Array) -> int:
@@ -312,6 +316,7 @@ def _info(
         "steps per dispatch": _describe_bursts(runner.config),
         "drafts": _describe_drafts(config),
         "executables": _known(runner.executables).num_executables,
+        "executables from the cache": _known(runner.executables).num_from_cache,
         "executables of the draft model": len(_known(runner.executables).propose),
         "start-up seconds": {name: round(value, 2) for name, value in seconds.items()},
         "EOS token ids": list(eos),

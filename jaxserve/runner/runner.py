@@ -19,9 +19,12 @@ from jax.sharding import NamedSharding
 from jaxserve.models.registry import Model
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention
 from jaxserve.runner.buckets import pick_forward
+from jaxserve.runner.compile import compile_all
+from jaxserve.runner.compiler import ADMISSION_ROWS, Compiler
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.draft import DraftModel
-from jaxserve.runner.executables import ADMISSION_ROWS, Compiler, Executables
+from jaxserve.runner.executable_cache import ExecutableCache
+from jaxserve.runner.executables import Executables
 from jaxserve.runner.packet import admission_fields, pack_admissions, pack_plan, packet_len
 from jaxserve.runner.state import init_scratch, init_slots
 from jaxserve.sampling.host import host_row, row_spec
@@ -87,10 +90,11 @@ class Runner:
         self._params = params
         self.executables: Executables | None = None
 
-    def start(self, *, progress: bool = False) -> None:
-        """Allocates the state, compiles the closed set, and runs all of it."""
+    def start(self, *, cache_dir: str | None = None, progress: bool = False) -> None:
+        """Allocates the state, compiles the closed set or reads it from ``cache_dir``, and runs all of it."""
         compiler = self.compiler()
-        executables = compiler.compile_all(progress=progress)
+        cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
+        executables = compile_all(compiler, cache, progress=progress)
         before = time.perf_counter()
         kv, self._slots, self._scratch, draft_kv = (
             jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()

@@ -1,0 +1,89 @@
+"""Makes the closed set, in parallel, before the first request: from the cache where it is there."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxserve.runner.compiler import Compiler, Task
+from jaxserve.runner.executable_cache import ExecutableCache
+from jaxserve.runner.executables import Executables, SampleKey, propose_keys, sample_keys, temp_bytes
+
+
+def measure_temp(task: Task, cache: ExecutableCache | None) -> int:
+    """Bytes of temporary memory that the task would need on one device, compiled only to see that."""
+    if cache is not None and (known := cache.load_temp(task)) is not None:
+        return known
+    size = temp_bytes(task.lower().compile())
+    if cache is not None:
+        cache.store_temp(task, size)
+    return size
+
+
+def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: bool) -> Executables:
+    """Traces on this thread; loads and compiles on as many threads as there are cores."""
+    tasks, proposals = _tasks(compiler)
+    done: dict[Any, Any] = {}
+    seconds = {"load executables": 0.0, "trace": 0.0, "compile": 0.0}
+    clock = time.perf_counter
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(tasks), desc="Compiling", unit="exe", disable=not progress) as bar,
+    ):
+        began = clock()
+        if cache is not None:
+            found = pool.map(lambda item: (item[0], cache.load(item[1])), tasks.items())
+            done = {name: compiled for name, compiled in found if compiled is not None}
+            bar.update(len(done))
+        num_from_cache = len(done)
+        loaded = clock()
+        futures: dict[Future[Any], Any] = {}
+        for name, task in tasks.items():
+            if name not in done:
+                before = clock()
+                lowered = task.lower()
+                seconds["trace"] += clock() - before
+                futures[pool.submit(_compile, task, lowered, cache)] = name
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
+            bar.update()
+    seconds["load executables"] = loaded - began
+    seconds["compile"] = clock() - loaded - seconds["trace"]
+    config = compiler.config
+    return Executables(
+        stage=done["stage"],
+        admit=done["admit"],
+        prompt_scores=done["prompt_scores"],
+        forward={key: done["forward", key] for key in config.token_buckets},
+        sample={key: done["sample", key] for key in sample_keys(config)},
+        burst={key: done["burst", key] for key in config.burst_buckets},
+        propose={key: done["propose", key] for key in proposals},
+        prompt_score_tokens=compiler.prompt_score_tokens,
+        num_from_cache=num_from_cache,
+        seconds=seconds,
+    )
+
+
+def _tasks(compiler: Compiler) -> tuple[dict[Any, Task], tuple[SampleKey, ...]]:
+    """All tasks, and which the draft model's are. The largest come first: they take longest, others fill the gaps."""
+    config = compiler.config
+    tasks: dict[Any, Task] = {("forward", key): compiler.forward(*key) for key in reversed(config.token_buckets)}
+    tasks |= {("burst", key): compiler.burst(*key) for key in reversed(config.burst_buckets)}
+    proposals: tuple[SampleKey, ...] = ()
+    if compiler.drafter is not None:
+        proposals = propose_keys(config)
+        tasks |= {("propose", key): compiler.propose(compiler.drafter, key) for key in reversed(proposals)}
+    tasks |= {("sample", key): compiler.sample(key) for key in reversed(sample_keys(config))}
+    tasks |= {"stage": compiler.stage(), "admit": compiler.admit(), "prompt_scores": compiler.prompt_scores()}
+    return tasks, proposals
+
+
+def _compile(task: Task, lowered: Any, cache: ExecutableCache | None) -> Any:
+    compiled = lowered.compile()
+    if cache is not None:
+        cache.store(task, compiled)
+    return compiled

@@ -1,0 +1,178 @@
+"""What each executable is compiled of: a function, abstract arguments, what it donates, where its results lie."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxserve.models.registry import Model
+from jaxserve.runner import draft, step
+from jaxserve.runner.attend import POOL, WHOLE, PagedAttention
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.draft import DraftModel
+from jaxserve.runner.executables import SampleKey
+from jaxserve.runner.packet import Fields, packet_len
+from jaxserve.runner.state import Scratch, SlotState
+from jaxserve.sampling.tier import Tier
+from pallas_kernels.ragged_paged_attention.types import KVPool
+
+ADMISSION_ROWS = 8  # admissions in one upload
+PROMPT_SCORE_TOKENS = 256  # prompt tokens that one call scores
+
+
+@dataclass(frozen=True)
+class Task:
+    """One executable to be. Profiles and compile logs show its name.
+
+    Attributes:
+        name: says everything in which the tasks of one ``Compiler`` differ.
+        args: shapes with shardings, or arrays.
+        donate: which of them.
+        out: shardings of the results.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    donate: tuple[int, ...]
+    out: Any
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces."""
+
+        def call(*args: Any) -> Any:
+            return self.function(*args)
+
+        call.__name__ = call.__qualname__ = self.name
+        # An argument that is only overwritten must not be dropped: its buffer is what the output goes to, so that
+        # addresses, and with them the recorded graphs, stay as they are.
+        jitted = jax.jit(call, donate_argnums=self.donate, out_shardings=self.out, keep_unused=True)
+        return jitted.lower(*self.args)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Makes tasks for one model on one mesh.
+
+    Attributes:
+        params: the model's parameters, arrays or shapes with shardings.
+        fields: layout of an admission.
+    """
+
+    model: Model
+    attention: PagedAttention
+    config: RunnerConfig
+    fields: Fields
+    params: Any
+    kv: tuple[KVPool, ...]  # shapes with shardings
+    slots: SlotState
+    scratch: Scratch
+    drafter: DraftModel | None = None
+    draft_kv: tuple[KVPool, ...] = ()
+
+    def forward(self, num_tokens: int, num_rows: int) -> Task:
+        models, params, kv = self._trunks()
+        run = functools.partial(
+            step.forward,
+            models=models,
+            config=self.config,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+        )
+        out = (self._pools(kv), self._whole(self.scratch))
+        return Task(f"forward_{num_tokens}x{num_rows}", run, (params, kv, self.slots, self.scratch), (1, 3), out)
+
+    def burst(self, num_tokens: int, num_rows: int) -> Task:
+        """Tier PLAIN serves greedy rows too."""
+        models, params, kv = self._trunks()
+        run = functools.partial(
+            step.burst,
+            models=models,
+            config=self.config,
+            tier=Tier.PLAIN,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+        )
+        heads: tuple[Any, ...] = (self.model.head_params(self.params),)
+        if self.drafter is not None:
+            heads += (self.drafter.params,)
+        packets = self._words(self.config.burst_len, packet_len(self.config))
+        args = (params, heads, kv, self.slots, self.scratch, packets)
+        out = (self._pools(kv), self._whole(self.slots), self._whole(self.scratch), self._sharding(WHOLE))
+        return Task(f"burst_{num_tokens}x{num_rows}", run, args, (2, 3, 4), out)
+
+    def sample(self, key: SampleKey) -> Task:
+        run = functools.partial(
+            step.sample,
+            model=self.model,
+            config=self.config,
+            tier=key.tier,
+            num_rows=key.num_rows,
+            num_drafts=key.num_drafts,
+        )
+        name = f"sample_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts + 1}"
+        out = (self._whole(self.slots), self._sharding(WHOLE))
+        return Task(name, run, (self.model.head_params(self.params), self.slots, self.scratch), (1,), out)
+
+    def propose(self, drafter: DraftModel, key: SampleKey) -> Task:
+        run = functools.partial(
+            draft.propose,
+            model=drafter.model,
+            attention=drafter.attention,
+            config=self.config,
+            tier=key.tier,
+            num_rows=key.num_rows,
+        )
+        name = f"propose_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts}"
+        out = (self._pools(self.draft_kv), self._whole(self.slots))
+        return Task(name, run, (drafter.params, self.draft_kv, self.slots), (1, 2), out)
+
+    def stage(self) -> Task:
+        run = functools.partial(step.stage, config=self.config)
+        return Task("stage", run, (self.slots, self._words(packet_len(self.config))), (0,), self._whole(self.slots))
+
+    def admit(self) -> Task:
+        run = functools.partial(step.admit, fields=self.fields)
+        words = self._words(ADMISSION_ROWS, self.fields.num_words)
+        return Task("admit", run, (self.slots, words), (0,), self._whole(self.slots))
+
+    def prompt_scores(self) -> Task:
+        run = functools.partial(
+            step.prompt_scores,
+            model=self.model,
+            config=self.config,
+            num_tokens=self.prompt_score_tokens,
+        )
+        args = (self.model.head_params(self.params), self.slots, self.scratch, self._words(3))
+        return Task("prompt_scores", run, args, (), self._sharding(WHOLE))
+
+    @property
+    def prompt_score_tokens(self) -> int:
+        return min(PROMPT_SCORE_TOKENS, self.config.max_num_batched_tokens)
+
+    def _trunks(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """Models with their attention, parameters, pools: of the target, then of the draft model."""
+        models, params, kv = [(self.model, self.attention)], [self.model.trunk_params(self.params)], [self.kv]
+        if (drafter := self.drafter) is not None:
+            models.append((drafter.model, drafter.attention))
+            params.append(drafter.model.trunk_params(drafter.params))
+            kv.append(self.draft_kv)
+        return tuple(models), tuple(params), tuple(kv)
+
+    def _sharding(self, spec: Any) -> NamedSharding:
+        return NamedSharding(self.attention.mesh, spec)
+
+    def _pools(self, kv: Any) -> Any:
+        return jax.tree.map(lambda _: self._sharding(POOL), kv)
+
+    def _whole(self, tree: Any) -> Any:
+        return jax.tree.map(lambda _: self._sharding(WHOLE), tree)
+
+    def _words(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._sharding(WHOLE))
