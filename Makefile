@@ -83,7 +83,7 @@ $(DEV_012): pyproject.toml | $(VENV_012)/bin/python
 	@touch $@
 
 $(VENV_AOT)/.installed: scripts/aot_requirements.txt | $(VENV_AOT)/bin/python
-	@echo "Installing compilers for TPU and CUDA into $(VENV_AOT) (2 GB)"
+	@echo "Installing compilers for TPU and CUDA into $(VENV_AOT) (2.4 GB)"
 	@$(INSTALL) --requirement $<
 	@touch $@
 

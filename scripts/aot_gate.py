@@ -1,17 +1,18 @@
 """Compiles the attention kernels and whole steps for TPU and H100 on a machine without either, and checks what came
 out.
 
-    python3.12 -m venv .venv-aot && .venv-aot/bin/pip install -r scripts/aot_requirements.txt
-    .venv-aot/bin/python scripts/aot_gate.py                 # every case
-    .venv-aot/bin/python scripts/aot_gate.py v5e.step        # the cases whose name starts so
+    make gates                     # every case; .ci/run does the same
+    make gates GATES=v5e.step      # the cases whose name starts so
+    .venv-aot/bin/python scripts/aot_gate.py --list
 
-Each case compiles in a process of its own with a timeout: a kernel that doesn't fit can take minutes to be refused.
-A case passes if
+Each case compiles in a process of its own with a timeout (aot_case.py): a kernel that doesn't fit can take minutes to
+be refused. A case passes if
 
-- it compiles: the compiler itself refuses a kernel that overflows VMEM, SMEM or shared memory;
+- it compiles: the compilers refuse a kernel that overflows VMEM, SMEM or shared memory;
 - the donated KV pool is aliased to the output in whole, so that it is written in place;
 - temporary memory is under the case's bound, far below the pool's size: a copy of the pool is found;
-- the expected number of our kernels is in the compiled program, so attention doesn't fall back to XLA.
+- every layer's attention is our kernels, all of them, by name: nothing fell back to XLA;
+- each kernel is lowered once, however many layers call it.
 
 The last line is JSON: name -> figures and failures. The exit status is 1 if any case failed.
 """
@@ -21,46 +22,55 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-H100_CONFIG = ROOT / "scripts" / "data" / "h100_target_config.txt"
+TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+MODELS = ("llama-3.1-8b", "qwen3-0.6b")  # of configs/models
+MAX_SEQS = 256
+MAX_MODEL_LEN = 32768
+JOBS = 2
+CPU_LIMIT = 240  # seconds of one core a case; the slowest takes about 40
+TIMEOUT = 900.0  # seconds on the clock: for a case that waits, however loaded the machine is
+GIVE_UP_AFTER = 3  # cases that ran into a timeout: something is wrong with all of them
 NO_HARDWARE = {
     "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "XLA_FLAGS": "--xla_gpu_autotune_level=0",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # gates of two checkouts may run at once
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several cases run at once
     "PYTHONPATH": str(ROOT),
 }
-TIMEOUT = 600.0  # seconds a case
-MAX_SEQS = 256
-MAX_MODEL_LEN = 32768
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation. ``op`` compiles write + attention of one layer, ``step`` the runner's forward of two layers."""
+    """One thing to compile.
 
-    target: str  # key of TOPOLOGY, or "h100"
-    kind: str  # "op" | "step"
+    ``op``: write + attention of one layer. ``step``: the runner's executables of one step, with two layers. ``burst``:
+    several decode steps in one call. ``sample``: the sampler with every processor. ``layers``: the forward of the whole
+    model, lowered and not compiled.
+    """
+
+    target: str  # one of TPUS, or "h100"
+    kind: str  # "op" | "step" | "burst" | "sample" | "layers"
     label: str
     num_tokens: int
-    temp_mib: int  # bound on temporary memory
-    model: str = ""  # step: name of configs/models
+    temp_mib: int = 0  # bound on temporary memory of the op or the forward
+    model: str = ""  # but for an op: one of MODELS
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # op: of the Llama-3.1-8B attention layer
 
     @property
@@ -72,9 +82,9 @@ class Case:
         return "pallas_gpu" if self.target == "h100" else "pallas_tpu"
 
     @property
-    def kernels_per_layer(self) -> int:
-        """TPU: the KV write, short rows, long rows. GPU: short rows, combine, and long rows if T > R."""
-        return 2 if self.target == "h100" and self.num_tokens <= MAX_SEQS else 3
+    def attention_kernels(self) -> int:
+        """Of a layer. TPU: short rows and long rows. GPU: short rows, combine, and long rows if T > R."""
+        return 3 if self.target == "h100" and self.num_tokens > MAX_SEQS else 2
 
     @property
     def block_size(self) -> int:
@@ -84,7 +94,11 @@ class Case:
 def cases() -> list[Case]:
     """Everything that is gated."""
     found = []
-    for target in (*TOPOLOGY, "h100"):
+    for target in (*TPUS, "h100"):
+        for model in MODELS:  # the longest first: they run beside the short ones
+            found.append(Case(target, "step", f"{model}_mixed", 2048, 320, model))
+            found.append(Case(target, "step", f"{model}_decode", MAX_SEQS, 64, model))
+        found.append(Case(target, "burst", "qwen3-0.6b", 8, 64, "qwen3-0.6b"))
         # On GPU the partial results of split-KV are temporary memory; on TPU int8's touched blocks of scales are.
         ops: list[tuple[str, int, int, dict[str, Any]]] = [
             ("decode", MAX_SEQS, 48, {}),
@@ -102,193 +116,125 @@ def cases() -> list[Case]:
                 ("mixed_soft_cap_sinks_g16", 512, 48, {"soft_cap": 30.0, "has_sinks": True, "num_kv_heads": 2}),
             ]
         found += [Case(target, "op", label, tokens, temp, "", changes) for label, tokens, temp, changes in ops]
-        for model in ("llama-3.1-8b", "qwen3-0.6b"):
-            found.append(Case(target, "step", f"{model}_decode", MAX_SEQS, 64, model))
-            found.append(Case(target, "step", f"{model}_mixed", 2048, 320, model))
+    for target in ("v5e", "h100"):  # the same on every TPU
+        found.append(Case(target, "layers", "llama-3.1-8b_mixed", 2048, model="llama-3.1-8b"))
+        found.append(Case(target, "sample", "qwen3-0.6b_full", MAX_SEQS, model="qwen3-0.6b"))
     return found
-
-
-# -- parent: one process a case ---------------------------------------------------------
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", nargs="*", help="run the cases whose name starts with one of these")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
-    parser.add_argument("--here", action="store_true", help="compile the one named case in this process")
+    parser.add_argument("--jobs", type=int, default=JOBS, help=f"cases that run at once ({JOBS})")
     arguments = parser.parse_args()
     chosen = [case for case in cases() if case.name.startswith(tuple(arguments.prefixes or [""]))]
-    if arguments.list:
-        print("\n".join(case.name for case in chosen))
-        return 0
-    if arguments.here:
-        (case,) = [case for case in chosen if case.name == arguments.prefixes[0]]
-        print(json.dumps(compile_case(case)))
-        return 0
     if not chosen:
         print(f"no case starts with {' or '.join(arguments.prefixes)}", file=sys.stderr)
         return 2
-    results = {}
-    for case in chosen:
-        result = results[case.name] = run_apart(case)
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cases end with this process
+    results, started = {}, time.monotonic()
+    for case, result in run(chosen, jobs=arguments.jobs):
+        results[case.name] = result
         verdict = "; ".join(result["failures"]) or "ok"
         print(
-            f"{case.name:42s} {result.get('seconds', 0):6.1f} s  temp {result.get('temp_mib', 0):8.1f} MiB  {verdict}",
+            f"{case.name:36s} {result.get('cpu_seconds', 0):5.1f} CPU s  temp {result.get('temp_mib', 0):7.1f} MiB"
+            f"  {verdict}",
             flush=True,
         )
+    failed = [name for name, result in results.items() if result["failures"]]
+    print(f"{len(results)} cases in {time.monotonic() - started:.0f} s; failed: {', '.join(failed) or 'none'}")
     print(json.dumps(results))
-    return int(any(result["failures"] for result in results.values()))
+    return int(bool(failed))
 
 
-def run_apart(case: Case) -> dict[str, Any]:
-    """Compiles a case in a process of its own. Figures, and ``failures``: what doesn't hold."""
-    command = [sys.executable, __file__, "--here", case.name]
-    try:
-        done = subprocess.run(
-            command, env={**os.environ, **NO_HARDWARE}, capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"failures": [f"not compiled after {TIMEOUT:.0f} s"]}
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if re.match(r"\S*(Error|Exception)\b.*", line)]
-        return {"failures": [(lines or done.stderr.splitlines() or ["no output"])[-1][:500]]}
-    return json.loads(done.stdout.splitlines()[-1])
+# -- one process a case -------------------------------------------------------------------
 
 
-# -- child: compile and look ---------------------------------------------------------
+def compile_command(case: Case, result: Path) -> list[str]:
+    """Compiles the case and leaves its figures in the file ``result``."""
+    return [sys.executable, str(ROOT / "scripts" / "aot_case.py"), case.name, str(result)]
 
 
-def compile_case(case: Case) -> dict[str, Any]:
-    """Compiles the case for its target and checks the result."""
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh
-
-    if case.target == "h100":
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=H100_CONFIG.read_text(), topology="1x1x1"
-        )
-    else:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[case.target])
-    mesh = Mesh(np.array(topology.devices[:1]), ("tp",))
-    build: Callable[..., tuple[Any, int, int]] = {"op": lower_op, "step": lower_step}[case.kind]
-    started = time.perf_counter()
-    # Without the abstract mesh, tracing a kernel asks the machine's own device for its properties.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered, kv_bytes, num_layers = build(case, mesh)
-    compiled = lowered.compile()
-    memory = compiled.memory_analysis()
-    kernels = count_kernels(compiled.as_text())
-    temp_mib = memory.temp_size_in_bytes / MIB
-    failures = []
-    if memory.alias_size_in_bytes < kv_bytes:
-        failures.append(f"{memory.alias_size_in_bytes} bytes are aliased, the KV pool has {kv_bytes}")
-    if temp_mib > case.temp_mib:
-        failures.append(f"{temp_mib:.1f} MiB of temporary memory, the bound is {case.temp_mib}")
-    if kernels != num_layers * case.kernels_per_layer:
-        failures.append(
-            f"{kernels} calls of our kernels in {num_layers} layers, {case.kernels_per_layer} a layer expected"
-        )
-    return {
-        "failures": failures,
-        "seconds": round(time.perf_counter() - started, 1),
-        "temp_mib": round(temp_mib, 1),
-        "kv_mib": round(kv_bytes / MIB, 1),
-        "kernels": kernels,
-    }
+def run(
+    chosen: list[Case],
+    *,
+    jobs: int = JOBS,
+    timeout: float = TIMEOUT,
+    command: Callable[[Case, Path], list[str]] = compile_command,
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Runs the cases, ``jobs`` at a time: (case, its figures and ``failures``, what doesn't hold) as they end."""
+    waiting, timeouts = list(chosen), 0
+    running: list[Child] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    case = waiting.pop(0)
+                    running.append(Child(case, Path(folder) / case.name, timeout, command))
+                time.sleep(0.05)
+                for child in [child for child in running if child.ended()]:
+                    running.remove(child)
+                    timeouts += child.timed_out
+                    yield child.case, child.result()
+                if timeouts >= GIVE_UP_AFTER:
+                    for case in waiting:
+                        yield case, {"failures": [f"not compiled: {timeouts} cases ran into their timeout"]}
+                    waiting.clear()
+        finally:
+            for child in running:
+                child.kill()
 
 
-def count_kernels(program: str) -> int:
-    """Calls of Pallas kernels in a compiled program."""
-    return len(re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[^"]*)"', program))
+class Child:
+    """A case that compiles in a process of its own. Its output goes to a file: no pipe can fill up or stay open."""
 
+    def __init__(self, case: Case, folder: Path, timeout: float, command: Callable[[Case, Path], list[str]]) -> None:
+        folder.mkdir()
+        self.case = case
+        self.timed_out = False
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+        self._result, self._log = folder / "result.json", folder / "log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command(case, self._result),
+                env={**os.environ, **NO_HARDWARE},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a group of its own: the assembler that it starts ends with it
+            )
 
-def lower_op(case: Case, mesh: Any) -> tuple[Any, int, int]:
-    """(lowered write + attention of one layer, bytes of its pool, 1)."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
+    def ended(self) -> bool:
+        """Whether it is over, by itself or because its time was."""
+        if self._process.poll() is None and time.monotonic() > self._deadline:
+            self.timed_out = True
+            self.kill()
+        return self._process.poll() is not None
 
-    from pallas_kernels.ragged_paged_attention import api
-    from pallas_kernels.ragged_paged_attention.types import AttentionSpec, RaggedBatch
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
-    llama = AttentionSpec(32, 8, 128, case.block_size, "bfloat16", "bfloat16", 0.09)
-    spec = dataclasses.replace(llama, **case.changes)
-    reason = api.refusal(spec, "gpu" if case.target == "h100" else "tpu", case.implementation)
-    if reason is not None:
-        raise ValueError(f"{case.implementation} refuses: {reason}")
-    here = NamedSharding(mesh, PartitionSpec())
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-
-    T, R, P = case.num_tokens, MAX_SEQS, MAX_MODEL_LEN // spec.block_size
-    layout = api.kv_layout(spec, case.implementation)
-    num_blocks = (1 << 30) // layout.bytes_per_block(spec)
-    pool = jax.tree.map(
-        lambda x: array(*x.shape, dtype=x.dtype), jax.eval_shape(lambda: layout.empty_pool(spec, num_blocks))
-    )
-    batch = RaggedBatch(array(R, P), array(R), array(R + 1), array(T), array(T))
-    q, k = (array(T, heads, spec.head_dim, dtype=spec.dtype) for heads in (spec.num_heads, spec.num_kv_heads))
-    sinks = array(spec.num_heads, dtype=jnp.float32) if spec.has_sinks else None
-
-    def layer(q: Any, k: Any, v: Any, pool: Any, batch: Any, sinks: Any) -> Any:
-        pool = api.write_kv(k, v, pool, batch, spec, case.implementation)
-        return api.ragged_paged_attention(q, pool, batch, spec, case.implementation, sinks), pool
-
-    kv_bytes = math.prod(pool.values.shape) * pool.values.dtype.itemsize
-    return jax.jit(layer, donate_argnums=3).lower(q, k, k, pool, batch, sinks), kv_bytes, 1
-
-
-def lower_step(case: Case, mesh: Any) -> tuple[Any, int, int]:
-    """(the runner's lowered forward of the model's first two layers, bytes of their pools, 2)."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding
-
-    from jaxserve.models.registry import build
-    from jaxserve.runner.attend import POOL, WHOLE, PagedAttention, attention_specs
-    from jaxserve.runner.config import RunnerConfig
-    from jaxserve.runner.executables import Compiler
-    from jaxserve.runner.state import init_scratch, init_slots
-    from jaxserve.weights.config_file import read_model_toml
-
-    model_config = read_model_toml(ROOT / "configs" / "models" / f"{case.model}.toml")
-    model_config = dataclasses.replace(model_config, layers=model_config.layers[:2])
-    model = build(model_config, dtype="bfloat16", padded_vocab=model_config.vocab_size)
-    specs = attention_specs(model_config, block_size=case.block_size, dtype="bfloat16", kv_dtype="bfloat16", shards=1)
-    attention = PagedAttention(specs, case.implementation, mesh)
-    config = RunnerConfig(
-        max_num_seqs=MAX_SEQS,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=8192,
-        block_size=case.block_size,
-        num_blocks=(2 << 30) // attention.bytes_per_block(),
-        vocab_size=model_config.vocab_size,
-        token_buckets=((case.num_tokens, MAX_SEQS),),
-        row_buckets=(MAX_SEQS,),
-    )
-
-    def place(tree: Any, spec: Any) -> Any:
-        where = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-    kv = place(jax.eval_shape(lambda: attention.empty_pools(config.num_blocks)), POOL)
-    compiler = Compiler(
-        model=model,
-        attention=attention,
-        config=config,
-        fields=None,  # type: ignore[arg-type]  # layout of admissions: not part of a forward
-        params=place(model.params, WHOLE),
-        kv=kv,
-        slots=place(jax.eval_shape(lambda: init_slots(config)), WHOLE),
-        scratch=place(
-            jax.eval_shape(lambda: init_scratch(config, model_config.model_dim, jnp.dtype("bfloat16"))), WHOLE
-        ),
-    )
-    kv_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kv))
-    return compiler.lower_forward(case.num_tokens, MAX_SEQS), kv_bytes, len(specs)
+    def result(self) -> dict[str, Any]:
+        """The figures that it left, or why there are none."""
+        status = self._process.returncode
+        if self.timed_out:
+            return {"failures": [f"not compiled after {self._timeout:.0f} s"]}
+        if status == -signal.SIGXCPU:
+            return {"failures": [f"not compiled after {CPU_LIMIT} s of CPU time"]}
+        if status < 0:
+            return {"failures": [f"killed by {signal.Signals(-status).name}"]}
+        if status or not self._result.exists():
+            lines = self._log.read_text(errors="replace").splitlines()
+            errors = [line for line in lines if re.match(r"\S*(Error|Exception)\b.*", line)]
+            return {"failures": [f"exit status {status}: " + (errors or lines or ["no output"])[-1][:500]]}
+        return json.loads(self._result.read_text())
 
 
 if __name__ == "__main__":

@@ -1,28 +1,35 @@
-"""The compile gate's own logic. The gate itself needs its own environment: see scripts/aot_gate.py."""
+"""The compile gate's own logic. What it compiles needs an environment of its own: see scripts/aot_gate.py."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-import pytest
-
-_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "aot_gate.py"
+_SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-@pytest.fixture(scope="module")
-def gate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("aot_gate", _SCRIPT)
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, _SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their module
+    sys.modules[name] = module  # where dataclasses look for their module, and aot_checks for aot_gate
     spec.loader.exec_module(module)
     return module
 
 
-def test_every_target_has_whole_steps_of_both_models(gate: ModuleType) -> None:
+gate = _load("aot_gate")
+checks = _load("aot_checks")
+
+
+def _case(target: str, num_tokens: int = 256) -> Any:
+    return gate.Case(target, "op", "decode", num_tokens, 48)
+
+
+def test_every_target_has_whole_steps_of_both_models() -> None:
     names = [case.name for case in gate.cases()]
     assert len(set(names)) == len(names)
     for target in ("v5e", "v5p", "v6e", "tpu7x", "h100"):
@@ -30,16 +37,83 @@ def test_every_target_has_whole_steps_of_both_models(gate: ModuleType) -> None:
             assert {f"{target}.step.{model}_decode", f"{target}.step.{model}_mixed"} <= set(names)
 
 
-def test_kernels_are_counted_by_their_call_target(gate: ModuleType) -> None:
-    program = """
-      %a = custom-call(%q), custom_call_target="tpu_custom_call"
-      %b = custom-call(%q), custom_call_target="mosaic_gpu_v2"
-      %c = custom-call(%q), custom_call_target="__cublas$gemm"
-    """
-    assert gate.count_kernels(program) == 2
+def _compiled(*kernels: tuple[str, str]) -> str:
+    """Lines of a compiled program that call kernels of these targets and names."""
+    return "\n".join(
+        f'%a = custom-call(%q), custom_call_target="{target}", metadata={{op_name="jit(f)/layer_0/{name}/pallas_call"}}'
+        for target, name in kernels
+    )
 
 
-def test_a_case_that_does_not_compile_fails(gate: ModuleType) -> None:
-    """A head dim that the kernel refuses, on whatever machine."""
-    case = gate.Case("v5e", "op", "no_such_case", 256, 96)
-    assert gate.run_apart(case)["failures"]
+def test_kernels_are_counted_by_their_names() -> None:
+    program = _compiled(
+        ("tpu_custom_call", "kv_write"),
+        ("mosaic_gpu_v2", "ragged_paged_attention_decode"),
+        ("mosaic_gpu_v2", "ragged_paged_attention_decode"),
+        ("__cublas$gemm", "ragged_paged_attention_decode"),
+    )
+    assert checks.kernel_calls(program) == {"kv_write": 1, "ragged_paged_attention_decode": 2}
+
+
+def test_attention_that_fell_back_to_xla_is_found() -> None:
+    names = ["ragged_paged_attention_1", "ragged_paged_attention_128"]
+    layer = [("tpu_custom_call", name) for name in names]
+    whole = checks.kernel_calls(_compiled(*layer, *layer))
+    assert not checks.check_kernels(_case("v5e"), whole, num_layers=2)
+    assert checks.check_kernels(_case("v5e"), whole, num_layers=3)
+    half = checks.kernel_calls(_compiled(*layer, layer[0]))
+    assert checks.check_kernels(_case("v5e"), half, num_layers=2)
+    assert checks.check_kernels(_case("h100", num_tokens=512), whole, num_layers=2)  # three kernels a layer
+
+
+def test_a_kernel_that_each_layer_lowers_is_found() -> None:
+    module = "stablehlo.custom_call @tpu_custom_call(%0)\n" * 3 + "stablehlo.custom_call @Sharding(%0)\n"
+    assert checks.num_lowered(module) == 3
+    assert not checks.check_lowering(3, 3)
+    assert checks.check_lowering(6, 3)
+
+
+def _run(programs: dict[str, str], **options: Any) -> dict[str, list[str]]:
+    """Failures of one case a program, which gets the name of the file for its figures as its argument."""
+    chosen = [gate.Case("v5e", "op", label, 1) for label in programs]
+
+    def command(case: Any, result: Path) -> list[str]:
+        return [sys.executable, "-c", programs[case.label], str(result)]
+
+    results = gate.run(chosen, command=command, **options)
+    return {case.label: result["failures"] for case, result in results}
+
+
+def test_what_becomes_of_a_case_is_reported() -> None:
+    figures = json.dumps({"failures": ["too large"]})
+    failures = _run(
+        {
+            "fits": f"import sys; open(sys.argv[1], 'w').write({json.dumps({'failures': []})!r})",
+            "too_large": f"import sys; print('noise'); open(sys.argv[1], 'w').write({figures!r})",
+            "raises": "raise ValueError('no such thing')",
+            "killed": "import os; os.kill(os.getpid(), 9)",
+            "silent": "pass",
+        }
+    )
+    assert failures == {
+        "fits": [],
+        "too_large": ["too large"],
+        "raises": ["exit status 1: ValueError: no such thing"],
+        "killed": ["killed by SIGKILL"],
+        "silent": ["exit status 0: no output"],
+    }
+
+
+def test_a_case_that_hangs_ends_with_what_it_started_and_three_end_the_run() -> None:
+    """Each has a child of its own that holds the output open; a fourth case isn't started any more."""
+    hang = "import subprocess; subprocess.run(['sleep', '600'])"
+    failures = _run({f"hangs{i}": hang for i in range(4)}, jobs=3, timeout=0.2)
+    hung = ["not compiled after 0 s"]
+    assert [failures[f"hangs{i}"] for i in range(3)] == [hung] * 3
+    assert failures["hangs3"] == ["not compiled: 3 cases ran into their timeout"]
+
+
+def test_a_case_that_does_not_compile_fails() -> None:
+    """No TPU, no H100 and no compiler for either in this environment."""
+    ((_, result),) = gate.run([gate.Case("v5e", "op", "no_such_case", 256, 96)])
+    assert result["failures"]
