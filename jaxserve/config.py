@@ -10,12 +10,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxserve.errors import ConfigError
 from jaxserve.sampling_params import RepetitionDetection
 
 DType = Literal["auto", "float32", "bfloat16"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3", "int8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_tpu"]
 Policy = Literal["fcfs", "priority"]
@@ -93,7 +94,8 @@ class EngineConfig:
         num_gpu_blocks_override: number of KV blocks, instead of what fits.
         kv_cache_memory_bytes: bytes for KV blocks, instead of what fits; on CPU None is 1 GiB.
         gpu_memory_utilization: share of the device's memory that the engine may use.
-        kv_cache_dtype: "auto" is ``dtype``.
+        kv_cache_dtype: "auto" is ``dtype``; "fp8" and "fp8_e4m3" are the same, without scales; "int8" has a scale for
+            each token and head.
         speculative_config: a SpeculativeConfig or a dict of its fields; None: no speculation.
         run_ahead: steps dispatched before the oldest result is read.
         steps_per_dispatch: decode steps of a small batch that go to the device in one call; None is 4 on GPU, where the
@@ -122,7 +124,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
     load_format: LoadFormat = "auto"
@@ -144,11 +146,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("dtype", ("auto", "float32", "bfloat16")),
-            ("kv_cache_dtype", ("auto", "float32", "bfloat16")),
-            ("load_format", ("auto", "safetensors", "gguf", "orbax", "dummy")),
-            ("attention_implementation", ("auto", "xla", "pallas_gpu", "pallas_tpu")),
-            ("scheduling_policy", ("fcfs", "priority")),
+            ("dtype", get_args(DType)),
+            ("kv_cache_dtype", get_args(KVCacheDType)),
+            ("load_format", get_args(LoadFormat)),
+            ("attention_implementation", get_args(Implementation)),
+            ("scheduling_policy", get_args(Policy)),
             ("repetition", ("off", "warn", "stop")),
         ):
             if getattr(self, name) not in allowed:

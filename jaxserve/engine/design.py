@@ -18,6 +18,13 @@ from pallas_kernels.ragged_paged_attention.api import (
 )
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec
 
+_KV_DTYPE = {  # kv_cache_dtype -> how arrays call it
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "int8": "int8",
+}
 _VOCAB_MULTIPLE = {"cpu": 1, "gpu": 64, "tpu": 128}  # by platform; a device's share of the vocabulary
 
 
@@ -44,7 +51,7 @@ def design(
         model.config,
         block_size=block_size,
         dtype=config.dtype,
-        kv_dtype=config.kv_cache_dtype,
+        kv_dtype=_KV_DTYPE[config.kv_cache_dtype],
         shards=shards,
     )
     selection = _select(specs, config.attention_implementation, mesh)

@@ -6,7 +6,7 @@ Shape letters: T tokens, Hq/Hk query/KV heads, G = Hq/Hk, D head dim.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -19,7 +19,7 @@ from pallas_kernels.ragged_paged_attention.api import kv_layout, ragged_paged_at
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVPool, RaggedBatch
 
 HEADS = PartitionSpec(None, "tp")  # of [T, Hk, G+2, D] and [T, Hq, D]
-POOL = PartitionSpec(None, None, "tp")  # of [N, 2, Hk, B, Ds]
+POOL = PartitionSpec(None, None, "tp")  # of [N, 2, Hk, B, Ds], and of int8's scales [N, 2, Hk, B]
 WHOLE = PartitionSpec()
 
 
@@ -57,14 +57,19 @@ class PagedAttention:
         return sum(kv_layout(spec, self.implementation).bytes_per_block(spec) for spec in self.specs)
 
     def empty_pools(self, num_blocks: int) -> tuple[KVPool, ...]:
-        """Pools of zeros with all shards' heads; traceable."""
+        """Pools of zeros with all shards' heads; traceable.
+
+        fp8 pools have no scales: no checkpoint that can be opened brings any, and scales of 1.0 would only be one more
+        array a layer.
+        """
         shards = self.mesh.shape["tp"]
         pools = []
         for spec in self.specs:
             whole = AttentionSpec(
                 **{**vars(spec), "num_heads": spec.num_heads * shards, "num_kv_heads": spec.num_kv_heads * shards}
             )
-            pools.append(kv_layout(spec, self.implementation).empty_pool(whole, num_blocks))
+            pool = kv_layout(spec, self.implementation).empty_pool(whole, num_blocks)
+            pools.append(replace(pool, scales=None) if spec.kv_dtype == "float8_e4m3fn" else pool)
         return tuple(pools)
 
 

@@ -105,7 +105,7 @@ def _segments(
 def decode(
     q: jax.Array,  # [T, Hq, D]
     values: jax.Array,  # [N, 2, Hk, B, D]
-    scales: jax.Array | None,  # float32[2, Hk], fp8 only
+    scales: jax.Array | None,  # float32[2, Hk], fp8 only; None is 1.0
     block_table: jax.Array,  # int32[R, P]
     work: plan.DecodePlan,
     spec: AttentionSpec,
@@ -131,7 +131,7 @@ def decode(
         work.tiles,
         work.workers,
     ]
-    if fp8:
+    if scales is not None:
         operands.append(scales)
     if sinks is not None:
         # Row r of every tile of KV head h has the sink of query head h * G + r % PG.
@@ -140,7 +140,7 @@ def decode(
 
     def kernel(*refs: Any) -> None:
         q_ref, kv_ref, table_ref, tiles_ref, workers_ref, *optional, out_ref, part_ref, lse_ref = refs
-        scales_ref = optional.pop(0) if fp8 else None
+        scales_ref = None if scales is None else optional.pop(0)
         sinks_ref = optional.pop(0) if sinks is not None else None
         tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
         raw = smem_tile((streams, 2, config.raw_stages, plan.UNIT, D), values.dtype)
@@ -275,7 +275,7 @@ def decode(
             num_tokens, first_pos = tiles_ref[tile, plan.NUM_TOKENS], tiles_ref[tile, plan.FIRST_POS]
             kv_len, tile_units = tiles_ref[tile, plan.KV_LEN], tiles_ref[tile, plan.NUM_UNITS]
             first_key = (tiles_ref[tile, plan.FIRST_UNIT] + unit) * plan.UNIT
-            k_scale, v_scale = (scales_ref[0, head], scales_ref[1, head]) if fp8 else (1.0, 1.0)
+            k_scale, v_scale = (1.0, 1.0) if scales_ref is None else (scales_ref[0, head], scales_ref[1, head])
             iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, BK), layout=plgpu.Layout.WGMMA)
             # The copies out of the union of the segment before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

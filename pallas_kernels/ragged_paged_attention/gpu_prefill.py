@@ -57,7 +57,7 @@ def tile_tokens(spec: AttentionSpec) -> int:
 def prefill(
     q: jax.Array,  # [T, Hq, D]
     values: jax.Array,  # [N, 2, Hk, B, D]
-    scales: jax.Array | None,  # float32[2, Hk], fp8 only
+    scales: jax.Array | None,  # float32[2, Hk], fp8 only; None is 1.0
     block_table: jax.Array,  # int32[R, P]
     out_ref: Any,  # ref [T, Hq, D], written in place
     work: plan.PrefillPlan,
@@ -74,7 +74,7 @@ def prefill(
     heads_per_wg, wg_tokens = max(WG_ROWS // TQ, 1), min(TQ, WG_ROWS)
     fp8 = spec.kv_dtype == "float8_e4m3fn"
     operands: list[Any] = [q, values.reshape(N * 2 * Hk, B, D), block_table, work.tiles, work.num_tiles]
-    if fp8:
+    if scales is not None:
         operands.append(scales)
     if sinks is not None:
         padded = jnp.pad(sinks.reshape(Hk, G) * LOG2E, ((0, 0), (0, ROWS // TQ - G)))
@@ -82,7 +82,7 @@ def prefill(
 
     def kernel(*refs: Any) -> None:
         q_ref, kv_ref, table_ref, tiles_ref, num_tiles_ref, *optional, out = refs
-        scales_ref = optional.pop(0) if fp8 else None
+        scales_ref = None if scales is None else optional.pop(0)
         sinks_ref = optional.pop(0) if sinks is not None else None
         tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
         raw = smem_tile((config.raw_stages, plan.UNIT, D), values.dtype)
@@ -222,7 +222,7 @@ def prefill(
             del i
             num_tokens, first_pos = tiles_ref[tile, plan.NUM_TOKENS], tiles_ref[tile, plan.FIRST_POS]
             first_key, kv_len = tiles_ref[tile, plan.FIRST_UNIT] * plan.UNIT, tiles_ref[tile, plan.KV_LEN]
-            k_scale, v_scale = (scales_ref[0, head], scales_ref[1, head]) if fp8 else (1.0, 1.0)
+            k_scale, v_scale = (1.0, 1.0) if scales_ref is None else (scales_ref[0, head], scales_ref[1, head])
             iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (WG_ROWS, BK), layout=plgpu.Layout.WGMMA)
             my_rows = pl.ds(wg * WG_ROWS, WG_ROWS)
 

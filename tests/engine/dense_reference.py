@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +19,30 @@ from sampling_reference import Case, kept_ids, processed
 from tiny_engines import GOLDEN
 
 from jaxserve import SamplingParams
-from jaxserve.models.registry import build
+from jaxserve.models.registry import Model, Params, build
 from jaxserve.sampling.noise import choice_key, gumbel
 
 LENGTH = 96  # one compiled shape: what follows a token can't change it
 
 
 class Reference:
-    """One tiny model."""
+    """One tiny model.
 
-    def __init__(self, name: str) -> None:
+    ``change(model, params) -> params`` replaces its weights; ``round_kv`` is that of ``dense_attend``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        change: Callable[[Model, Params], Params] | None = None,
+        round_kv: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> None:
         path = GOLDEN / "tiny" / name
         config = model_config(json.loads((path / "config.json").read_text()))
         model = build(config, dtype="float32", padded_vocab=config.vocab_size)
         params = param_tree(load_file(path / "model.safetensors"), config, config.vocab_size)
+        if change is not None:
+            params = change(model, params)
         golden = np.load(path / "golden.npz")
         self.vocab_size = config.vocab_size
         self.prompt: list[int] = golden["prompt"].tolist()
@@ -41,7 +52,7 @@ class Reference:
         def run(params, token_ids):
             positions = jnp.arange(LENGTH, dtype=jnp.int32)
             pools = (None,) * config.num_layers
-            hidden, _ = model.hidden(params, token_ids, positions, pools, dense_attend(config))
+            hidden, _ = model.hidden(params, token_ids, positions, pools, dense_attend(config, round_kv))
             return model.logits(params, hidden)
 
         self._run = functools.partial(run, params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -11,11 +13,16 @@ from jaxserve.models.registry import Model, Params
 from pallas_kernels.qkv_prologue.reference import heads
 
 
-def dense_attend(config: ModelConfig) -> Attend:
-    """An ``attend`` for tokens at positions 0, 1, ...; pools pass through untouched."""
+def dense_attend(config: ModelConfig, round_kv: Callable[[jax.Array], jax.Array] | None = None) -> Attend:
+    """An ``attend`` for tokens at positions 0, 1, ...; pools pass through untouched.
+
+    ``round_kv`` is what a cache makes of keys and of values, each [T, Hk, D].
+    """
 
     def attend(layer, qkv, rope, norm, pool):  # [T, Hk, G+2, D]
         q, k, v = heads(qkv, rope, norm)  # [T, Hq, D], [T, Hk, D], [T, Hk, D]
+        if round_kv is not None:
+            k, v = round_kv(k), round_kv(v)
         group = q.shape[1] // k.shape[1]
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
         scores = jnp.einsum("thd,shd->hts", q, k, precision="highest", preferred_element_type=jnp.float32)
