@@ -105,6 +105,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     runner_config = _runner_config(config, checkpoint.config, platform)
     memory = _plan_memory(config, Runner(model, params, attention, runner_config, drafter), attention.mesh)
     check_fits(memory, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
+    planned = time.perf_counter()
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
     runner.start(cache_dir=config.compilation_cache_dir, progress=progress)
@@ -116,7 +117,12 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
         watchdog_seconds=config.watchdog_seconds,
         strict_compile=config.strict_compile,
     )
-    seconds = {"load": loaded - began, **_known(runner.executables).seconds, "total": time.perf_counter() - began}
+    seconds = {
+        "load": loaded - began,
+        "plan memory": planned - loaded,
+        **_known(runner.executables).seconds,
+        "total": time.perf_counter() - began,
+    }
     engine = Engine(
         core=core,
         config=config,
