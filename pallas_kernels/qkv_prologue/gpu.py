@@ -130,18 +130,20 @@ def _run(
         def column(index: Any) -> Halves:
             return tuple(load(qkv_ref.at[tokens, head, index, pl.ds(i * half, half)]) for i in range(2))
 
+        def spread(x: jax.Array, axis: int) -> jax.Array:
+            return plgpu.layout_cast(lax.broadcast_in_dim(x, (TT, half), [axis]), layout)
+
         def norm_scale(ref: Any) -> Halves | None:
             if norm is None:
                 return None
             pair = [load(ref.at[pl.ds(i * half, half)], layout=layout.reduce(0)) for i in range(2)]
-            return tuple(lax.broadcast_in_dim(x.astype(jnp.float32) + norm.offset, (TT, half), [1]) for x in pair)
+            return tuple(spread(x.astype(jnp.float32) + norm.offset, 1) for x in pair)
 
         def turned(pair: Halves, scale: Halves | None) -> Halves:
             """float32, normed and rotated."""
             a, b = (x.astype(jnp.float32) for x in pair)
             if norm is not None and scale is not None:
-                inverse = lax.rsqrt((a * a + b * b).sum(axis=1) * (1 / D) + norm.eps)
-                inverse = lax.broadcast_in_dim(inverse, (TT, half), [0])
+                inverse = spread(lax.rsqrt((a * a + b * b).sum(axis=1) * (1 / D) + norm.eps), 0)
                 a, b = a * inverse * scale[0], b * inverse * scale[1]
             return a * cosine - b * sine, b * cosine + a * sine
 
@@ -187,7 +189,12 @@ def _run(
         grid=(pl.cdiv(T, TT) * Hk * parts,),
         grid_names=("cta",),
         scratch_types=[plgpu.SMEM((TT, 2, D), values.dtype)],
-        # Nothing that a thread reads is written here.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(
+            # Nothing that a thread reads is written here.
+            unsafe_no_auto_barriers=True,
+            # Warpgroup semantics choose a swizzle for kv_smem, but store to slices of it as if each began a period
+            # of 1024 bytes, which is not what the TMA reads: no swizzle here, and none is needed.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
         kernel_name="qkv_prologue",
     )(*operands, values)
