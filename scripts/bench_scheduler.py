@@ -11,6 +11,7 @@ import json
 import random
 import statistics
 import time
+from array import array
 from collections.abc import Callable
 
 import numpy as np
@@ -125,7 +126,7 @@ def match_seconds(args: argparse.Namespace) -> float:
 def detection_seconds(args: argparse.Namespace) -> float:
     """Mean seconds of one look at a text-like tail: few distinct tokens, no loop."""
     rng = random.Random(args.seed)
-    tails = [[min(int(rng.expovariate(0.02)), 400) for _ in range(512)] for _ in range(256)]
+    tails = [array("i", [min(int(rng.expovariate(0.02)), 400) for _ in range(512)]) for _ in range(256)]
     rule = RepetitionDetection()
     return best_of(args.repeats, lambda: [repeated_pattern_len(tail, rule, len(tail)) for tail in tails]) / len(tails)
 

@@ -78,4 +78,3 @@ def prepare(choice: Choice, config: SchedulerConfig, arrival: int) -> None:
     elif config.repetition != "off":
         choice.repetition, choice.repetition_stops = config.repetition_detection, config.repetition == "stop"
     choice.repetition_at = LOOK_EVERY if choice.repetition is not None else NEVER
-    choice.quiet_len = min(choice.max_output_len, choice.repetition_at)

@@ -106,12 +106,11 @@ class Committer:
             commit = Commit(choice, row, token_ids)
             output = choice.output_token_ids
             if len(output) + emitted < choice.quiet_len and choice.stop_ids.isdisjoint(token_ids):
-                output += token_ids  # almost every row comes by here
+                output.fromlist(token_ids)  # almost every row comes by here
             else:
                 commit.finish_reason, commit.stop_reason = append_tokens(choice, token_ids, stats)
-            num_emitted += len(token_ids)
-            if choice.computed_len >= choice.publish_at:
                 state.publish(choice)
+            num_emitted += len(token_ids)
             if choice.siblings is not None:
                 state.wake_siblings(choice)
             if prompt_logprobs and row in prompt_logprobs:

@@ -236,6 +236,7 @@ class Planner:
         choice.cache_parent = parent
         choice.num_published = len(hits)
         choice.publish_at = (len(hits) + 1) * block_size if parent is not None else NEVER
+        choice.find_quiet_len()
         self.state.stats.num_prefix_hits += choice.computed_len
         if not choice.num_preemptions:
             choice.num_cached_tokens = choice.computed_len

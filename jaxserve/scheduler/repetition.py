@@ -6,13 +6,15 @@ doesn't depend on how the output was cut into steps.
 
 from __future__ import annotations
 
+from array import array
+
 from jaxserve.sampling_params import RepetitionDetection
 
 LOOK_EVERY = 16  # tokens of one choice
 
 
 def repeated_pattern_len(
-    token_ids: list[int],  # [output_len]
+    token_ids: array[int],  # [output_len]
     rule: RepetitionDetection,
     length: int,
 ) -> int:
@@ -27,7 +29,7 @@ def repeated_pattern_len(
     if longest < rule.min_pattern_size:
         return 0
     last = token_ids[length - 1]
-    recent = token_ids[length - 1 - longest : length - 1]
+    recent = token_ids[length - 1 - longest : length - 1].tolist()
     recent.reverse()  # recent[p - 1] is p tokens before the last
     size = rule.min_pattern_size - 1
     for _ in range(recent.count(last)):

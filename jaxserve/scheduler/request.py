@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
@@ -32,7 +33,7 @@ class Choice:
         request_id: shared by the ``params.n`` choices of a request.
         index: 0 .. n-1.
         prompt_token_ids: int[prompt_len], at least one.
-        output_token_ids: emitted tokens that the host knows.
+        output_token_ids: emitted tokens that the host knows; an array, which keeps 4 bytes a token and no objects.
         params: settings; ``max_tokens=None`` means what the context leaves.
         seed: of the noise; drawn by the caller where the request has none.
         eos_token_ids: ids that end the answer unless ``params.ignore_eos``.
@@ -128,7 +129,7 @@ class Choice:
         self.index = index
         self.prompt_token_ids = prompt_token_ids
         self.prompt_len = len(prompt_token_ids)
-        self.output_token_ids: list[int] = []
+        self.output_token_ids = array("i")
         self.params = params
         self.seed = seed
         self.eos_token_ids = tuple(eos_token_ids)
@@ -170,7 +171,7 @@ class Choice:
         self.repetition: RepetitionDetection | None = None
         self.repetition_stops = False
         self.repetition_at = 0  # output length of the next look
-        self.quiet_len = 0  # an output shorter than this that has no stop id goes on
+        self.quiet_len = 0  # an output shorter than this, without a stop id, goes on and has nothing to publish
         # speculation
         self.max_drafts = 0
         self.draft_token_ids: list[int] | None = None  # host drafts, from set_drafts to the next schedule
@@ -185,6 +186,10 @@ class Choice:
     def tokens_len(self) -> int:
         """Prompt + emitted tokens that the host knows."""
         return self.prompt_len + len(self.output_token_ids)
+
+    def find_quiet_len(self) -> None:
+        """Sets ``quiet_len`` from what it is made of: a decoding choice has computed all its tokens but the newest."""
+        self.quiet_len = min(self.max_output_len, self.repetition_at, self.publish_at - self.prompt_len + 1)
 
     @property
     def finished(self) -> bool:

@@ -130,6 +130,7 @@ class SchedulerState:
             )
             choice.num_published = index + 1
             choice.publish_at += block_size
+            choice.find_quiet_len()
 
     def wake_siblings(self, choice: Choice) -> None:
         """Queues the parked siblings again once the prompt they wait for is computed."""

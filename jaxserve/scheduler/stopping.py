@@ -32,7 +32,7 @@ def append_tokens(
             ends_answer = token_id in choice.eos_token_ids and not choice.params.ignore_eos
             reason, stop_reason = "stop", None if ends_answer else token_id
             break
-    output += token_ids
+    output.fromlist(token_ids)
     while len(output) >= choice.repetition_at:
         look_at = choice.repetition_at
         choice.repetition_at = look_at + LOOK_EVERY
@@ -45,7 +45,7 @@ def append_tokens(
             del output[look_at:]
             del token_ids[look_at - before :]
             return "repetition", "repetition_detected"
-    choice.quiet_len = min(choice.max_output_len, choice.repetition_at)
+    choice.find_quiet_len()
     return reason, stop_reason
 
 

@@ -329,7 +329,7 @@ class World:
     def check(self) -> None:
         self.scheduler.check_invariants()
         for choice, (answer, reason), stream in zip(self.choices, self.answers, self.streams, strict=True):
-            output = choice.output_token_ids
+            output = choice.output_token_ids.tolist()
             assert output == stream, "commits and outputs differ"
             assert output == answer[: len(output)], f"{choice}: {output} isn't a prefix of {answer}"
             if choice.finish_reason in ("stop", "length", "repetition"):

@@ -26,26 +26,26 @@ def stop_world(tokens, accept=everything, **settings):
 @pytest.mark.parametrize("accept", [everything, nothing])
 def test_stops_inside_a_verified_run(accept):
     choice = stop_world([1, 2, EOS, 4, 5], accept)
-    assert (choice.output_token_ids, choice.finish_reason, choice.stop_reason) == ([1, 2, EOS], "stop", None)
+    assert (choice.output_token_ids.tolist(), choice.finish_reason, choice.stop_reason) == ([1, 2, EOS], "stop", None)
     choice = stop_world([1, 2, 3, 4, 5], accept, stop_token_ids=(3, 4))
-    assert (choice.output_token_ids, choice.finish_reason, choice.stop_reason) == ([1, 2, 3], "stop", 3)
+    assert (choice.output_token_ids.tolist(), choice.finish_reason, choice.stop_reason) == ([1, 2, 3], "stop", 3)
     choice = stop_world([1, EOS, 3, 4, 5], accept, ignore_eos=True)
     assert (len(choice.output_token_ids), choice.finish_reason) == (12, "length")
     choice = stop_world([1, EOS, 3], accept, ignore_eos=True, stop_token_ids=(EOS,))
-    assert (choice.output_token_ids, choice.stop_reason) == ([1, EOS], EOS)
+    assert (choice.output_token_ids.tolist(), choice.stop_reason) == ([1, EOS], EOS)
 
 
 @pytest.mark.parametrize("accept", [everything, nothing])
 def test_stop_beats_length_at_the_same_token_only(accept):
     assert stop_world([1, 2, 3, EOS], accept, max_tokens=4).finish_reason == "stop"
     choice = stop_world([1, 2, 3, 4, EOS], accept, max_tokens=4)
-    assert (choice.output_token_ids, choice.finish_reason) == ([1, 2, 3, 4], "length")
+    assert (choice.output_token_ids.tolist(), choice.finish_reason) == ([1, 2, 3, 4], "length")
 
 
 @pytest.mark.parametrize("accept", [everything, nothing])
 def test_min_tokens_suppresses_stops_before_it(accept):
     choice = stop_world([1, EOS, 2, EOS, 3, EOS], accept, min_tokens=3)
-    assert choice.output_token_ids == [1, EOS, 2, EOS]
+    assert choice.output_token_ids.tolist() == [1, EOS, 2, EOS]
 
 
 # ---- leaving ----

@@ -254,6 +254,7 @@ def row30_drafts_in_flight_are_published(monkeypatch):
             choice.cache_parent = self.cache.publish(block, choice.cache_parent, token_ids)
             choice.num_published += 1
             choice.publish_at += block_size
+            choice.find_quiet_len()
 
     monkeypatch.setattr(SchedulerState, "publish", publish)
 
@@ -324,7 +325,7 @@ def row43_a_resumed_choice_loses_its_output(monkeypatch):
 
     def preempt(self, choice):
         correct(self, choice)
-        choice.output_token_ids.clear()
+        del choice.output_token_ids[:]
 
     monkeypatch.setattr(SchedulerState, "preempt", preempt)
 

@@ -1,5 +1,7 @@
 """Loop detection against its definition, and its place among the stop reasons."""
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from jaxserve.scheduler.repetition import repeated_pattern_len
 def test_same_as_definition(head, pattern, times, smallest, more, count):
     rule = RepetitionDetection(min_pattern_size=smallest, max_pattern_size=smallest + more, min_count=count)
     output = head + pattern * times
-    found = repeated_pattern_len(output, rule, len(output)) if output else 0
+    found = repeated_pattern_len(array("i", output), rule, len(output)) if output else 0
     assert bool(found) == loops_by_definition(output, rule)
     if found:
         assert output[-found * count :] == output[-found:] * count

@@ -215,7 +215,7 @@ def test_a_preempted_choice_comes_back_first_with_all_its_tokens():
         world.commit()
     emitted = list(first.output_token_ids)
     world.preempt(first)
-    assert first.status is Status.WAITING and first.output_token_ids == emitted and not first.block_ids
+    assert first.status is Status.WAITING and first.output_token_ids.tolist() == emitted and not first.block_ids
     world.dispatch(nothing)
     (admission,) = world.steps[0][0].admissions
     assert admission.choice is first and admission.token_ids.tolist() == [1, 2, 3, *emitted]
