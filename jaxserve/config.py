@@ -17,6 +17,7 @@ from jaxserve.sampling_params import RepetitionDetection
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3", "int8"]
+Quantization = Literal["int8", "int4", "fp8", "fp8_weight_only"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_tpu"]
 Policy = Literal["fcfs", "priority"]
@@ -43,7 +44,7 @@ class SpeculativeConfig:
         num_speculative_tokens: K, the longest draft.
         model: the draft model's checkpoint, of the target's tokenizer; None drafts with a copy of the target, which
             then needs a quantization.
-        quantization: of the draft model's weights: "int8" (a scale an output channel) or "int4" (groups of 64).
+        quantization: of the draft model's weights, as in EngineConfig.
         prompt_lookup_min: shortest suffix that must have occurred before, in tokens.
         prompt_lookup_max: longest suffix that is tried, first.
         adaptive: drafts get shorter, and stop, where they don't pay (``jaxserve.scheduler.adaptive``).
@@ -52,7 +53,7 @@ class SpeculativeConfig:
     method: Literal["ngram", "draft_model"] = "ngram"
     num_speculative_tokens: int = 4
     model: str | None = None
-    quantization: Literal["int8", "int4"] | None = None
+    quantization: Quantization | None = None
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 3
     adaptive: bool = True
@@ -60,17 +61,14 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         if self.method not in ("ngram", "draft_model"):
             raise ConfigError(f"speculative_config's method is {self.method!r}; allowed: 'ngram', 'draft_model'")
-        if self.quantization not in (None, "int8", "int4"):
-            raise ConfigError(
-                f"speculative_config's quantization is {self.quantization!r}; allowed: 'int8', 'int4', or None"
-            )
+        _check_quantization(self.quantization, "speculative_config's quantization")
         given = [name for name in ("model", "quantization") if getattr(self, name) is not None]
         if self.method == "ngram" and given:
             raise ConfigError(f"speculative_config has {given[0]!r} with method 'ngram'; allowed: with 'draft_model'")
         if self.method == "draft_model" and not given:
             raise ConfigError(
                 "speculative_config has method 'draft_model' and neither 'model' (a checkpoint) nor 'quantization' "
-                "('int8' or 'int4': a copy of the target drafts); give one of them, or both"
+                "(such as 'int8': a copy of the target drafts); give one of them, or both"
             )
         _integer(self, "num_speculative_tokens", 1)
         _integer(self, "prompt_lookup_min", 1)
@@ -96,6 +94,9 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory that the engine may use.
         kv_cache_dtype: "auto" is ``dtype``; "fp8" and "fp8_e4m3" are the same, without scales; "int8" has a scale for
             each token and head.
+        quantization: of the weights, while they are loaded: "int8" (a scale an output channel), "int4" (a scale and an
+            offset for 64 inputs; the LM head is int8), "fp8" (e4m3, and products in fp8 with a scale a token), or
+            "fp8_weight_only"; None keeps ``dtype``.
         speculative_config: a SpeculativeConfig or a dict of its fields; None: no speculation.
         run_ahead: steps dispatched before the oldest result is read.
         steps_per_dispatch: decode steps of a small batch that go to the device in one call; None is 4 on GPU, where the
@@ -131,6 +132,7 @@ class EngineConfig:
     seed: int = 0
     attention_implementation: Implementation = "auto"
     scheduling_policy: Policy = "fcfs"
+    quantization: Quantization | None = None
     speculative_config: SpeculativeConfig | None = None
     run_ahead: int = 2
     steps_per_dispatch: int | None = None
@@ -174,6 +176,7 @@ class EngineConfig:
             raise ConfigError(
                 f"steps_per_dispatch is {self.steps_per_dispatch} with run_ahead 0; allowed: 1, or a run_ahead above 0"
             )
+        _check_quantization(self.quantization, "quantization")
         if isinstance(self.speculative_config, Mapping):
             object.__setattr__(self, "speculative_config", _from_dict(SpeculativeConfig, self.speculative_config))
         if isinstance(self.repetition_detection, Mapping):
@@ -203,6 +206,11 @@ def _from_dict[T](cls: type[T], settings: Mapping[str, Any]) -> T:
     if unknown := sorted(set(settings) - known):
         raise ConfigError(f"unknown setting {unknown[0]!r} of {cls.__name__}; known: {', '.join(sorted(known))}")
     return cls(**settings)
+
+
+def _check_quantization(value: Any, name: str) -> None:
+    if value is not None and value not in get_args(Quantization):
+        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(get_args(Quantization))}, or None")
 
 
 def _integer(owner: Any, name: str, low: int) -> None:

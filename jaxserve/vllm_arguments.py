@@ -49,7 +49,6 @@ LLM_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "pipeline_parallel_size": (1,),
     "pooler_config": (None,),
     "profiler_config": (None,),
-    "quantization": (None,),
     "revision": (None,),
     "runner": ("auto", "generate"),
     "served_model_name": (None,),

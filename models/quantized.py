@@ -1,8 +1,14 @@
-"""Weights in 8 and 4 bits. Activations keep their dtype; sums are float32; only what is read from memory shrinks.
+"""Weights in 8 and 4 bits. Sums are float32; what is read from memory shrinks, and in one case what is multiplied.
 
-int8: one scale an output channel. The scale comes out of the sum, so the product is that of the small integers, and the
-result is multiplied once. int4: ``value * scale + offset`` with a scale and an offset for each group of inputs. They
-don't come out of the sum, so the weight is widened on its way into the product.
+``ScaledWeight``: int8 or fp8 (e4m3) with one scale an output channel. The scale comes out of the sum, so the product is
+that of the small numbers, widened exactly to the activations' dtype, and the result is multiplied once. XLA:GPU widens
+inside its matrix product: no wide copy of the weight is made.
+
+``Fp8Weight``: the same fp8 numbers; the activations become fp8 too, with one scale a token that is found on the fly,
+and the product is one of fp8 matrices.
+
+``Int4Weight``: ``value * scale + offset`` with a scale and an offset for each group of inputs. They don't come out of
+the sum, so the weight is widened before the product; XLA:GPU makes a copy of it for that in every step.
 
 Shape letters: I contracted axes of a weight, O its other axes, V vocabulary, E model dim, T tokens.
 """
@@ -18,19 +24,21 @@ from .linear import einsum
 
 INT8_MOST = 127
 INT4_MOST = 15
+FP8 = jnp.float8_e4m3fn
+FP8_MOST = 448.0
 GROUP_LEN = 64  # inputs that share a scale and an offset in int4
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Int8Weight:
+class ScaledWeight:
     """``values * scales``, symmetric."""
 
-    values: jax.Array  # int8[I and O, as in the plain weight]
+    values: jax.Array  # int8 or float8_e4m3fn, [I and O, as in the plain weight]
     scales: jax.Array  # float32[O]
 
     def einsum(self, spec: str, x: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-        """See ``linear.einsum``. int8 is exact in every dtype of ``x``."""
+        """See ``linear.einsum``. The values are exact in every dtype of ``x``."""
         product = einsum(spec, x, self.values.astype(x.dtype), jnp.dtype(jnp.float32))
         return (product * self.scales).astype(out_dtype)
 
@@ -42,6 +50,34 @@ class Int8Weight:
         """[T, E] of a vocabulary's table [V, E] with a scale a row; ids are clipped."""
         rows = jnp.take(self.values, token_ids, axis=0, mode="clip").astype(jnp.float32)
         return (rows * jnp.take(self.scales, token_ids, axis=0, mode="clip")[:, None]).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fp8Weight:
+    """``values * scales``, for products in fp8. Contracted axes come last: fp8 matrix units want them side by side."""
+
+    values: jax.Array  # float8_e4m3fn[O, I]
+    scales: jax.Array  # float32[O]
+
+    def einsum(self, spec: str, x: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+        """See ``linear.einsum``; each token's largest magnitude becomes 448."""
+        left, right = spec.split("->")[0].split(",")
+        shared = "".join(axis for axis in left if axis in right)
+        turned = f"{left},{right.replace(shared, '')}{shared}->{spec.split('->')[1]}"
+        contracted = tuple(range(left.index(shared[0]), len(left)))
+        values, scales = _scale(x, contracted, FP8_MOST)
+        product = einsum(turned, values.astype(FP8), self.values, jnp.dtype(jnp.float32))
+        scales = scales.reshape(*scales.shape[: contracted[0]], *[1] * (product.ndim - contracted[0]))
+        return (product * scales * self.scales).astype(out_dtype)
+
+    def take(
+        self,
+        token_ids: jax.Array,  # int32[T]
+        dtype: jnp.dtype,
+    ) -> jax.Array:
+        """[T, E] of a vocabulary's table [V, E] with a scale a row; ids are clipped."""
+        return ScaledWeight(self.values, self.scales).take(token_ids, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -78,13 +114,33 @@ class Int4Weight:
 def quantize_int8(
     weight: jax.Array,  # [I and O]
     contracted: tuple[int, ...],
-) -> Int8Weight:
+) -> ScaledWeight:
     """Each output channel's largest magnitude becomes 127."""
-    wide = weight.astype(jnp.float32)
-    most = jnp.max(jnp.abs(wide), axis=contracted, keepdims=True)
-    scales = jnp.where(most > 0, most / INT8_MOST, 1.0)
-    values = jnp.round(wide / scales).astype(jnp.int8)
-    return Int8Weight(values, jnp.squeeze(scales, contracted))
+    values, scales = _scale(weight, contracted, INT8_MOST)
+    return ScaledWeight(jnp.round(values).astype(jnp.int8), jnp.squeeze(scales, contracted))
+
+
+def quantize_fp8(
+    weight: jax.Array,  # [I and O]
+    contracted: tuple[int, ...],
+) -> ScaledWeight:
+    """Each output channel's largest magnitude becomes 448; values are rounded to float8_e4m3fn."""
+    values, scales = _scale(weight, contracted, FP8_MOST)
+    return ScaledWeight(values.astype(FP8), jnp.squeeze(scales, contracted))
+
+
+def quantize_fp8_products(
+    weight: jax.Array,  # [I and O]
+    contracted: tuple[int, ...],
+) -> Fp8Weight:
+    """``quantize_fp8``, laid out for products in fp8."""
+    packed = quantize_fp8(weight, contracted)
+    return Fp8Weight(jnp.transpose(packed.values, contracted_last(weight.ndim, contracted)), packed.scales)
+
+
+def contracted_last(ndim: int, contracted: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of a weight's axes in an ``Fp8Weight``."""
+    return (*(axis for axis in range(ndim) if axis not in contracted), *contracted)
 
 
 def quantize_int4(
@@ -111,3 +167,15 @@ def group_len(size: int) -> int:
 
 def split_axis(shape: tuple[int, ...], axis: int, parts: int) -> tuple[int, ...]:
     return (*shape[:axis], parts, shape[axis] // parts, *shape[axis + 1 :])
+
+
+def _scale(
+    x: jax.Array,
+    axes: tuple[int, ...],
+    most: float,
+) -> tuple[jax.Array, jax.Array]:  # float32, as x; float32, the axes kept as 1
+    """``x`` divided so that the largest magnitude along ``axes`` is ``most``, and what it was divided by."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+    scales = jnp.where(largest > 0, largest / most, 1.0)
+    return wide / scales, scales

@@ -38,6 +38,7 @@ from jaxserve.scheduler.config import SchedulerConfig
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.load import load_params
+from jaxserve.weights.quantize import abstract_params, bytes_on_a_device
 from jaxserve.weights.tokenizer import eos_token_ids, load_tokenizer
 from pallas_kernels.ragged_paged_attention.api import Selection
 
@@ -89,17 +90,19 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
     mesh = _mesh(config.tensor_parallel_size)
     model, attention, selection = design(config, checkpoint.config, _known(config.block_size), mesh)
     draft_checkpoint = open_drafter(config, checkpoint.config, _known(config.max_model_len), tokenizer)
-    _check_room(config, attention)
+    shardings = named_shardings(model.param_axes, mesh)
+    _check_room(config, attention, bytes_on_a_device(abstract_params(model, shardings, config.quantization)))
     params = load_params(
         checkpoint,
         model,
-        sharding=named_shardings(model.param_axes, mesh),
+        sharding=shardings,
         seed=config.seed,
+        quantization=config.quantization,
         progress=progress,
     )
     drafter: DraftModel | None = None
     if config.speculative_config is not None and config.speculative_config.method == "draft_model":
-        target = model, attention, params
+        target = checkpoint, model, attention, params
         drafter = load_drafter(config, config.speculative_config, draft_checkpoint, target, progress=progress)
     loaded = time.perf_counter()
     runner_config = _runner_config(config, checkpoint.config, platform)
@@ -212,12 +215,12 @@ def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> R
     )
 
 
-def _check_room(config: EngineConfig, attention: PagedAttention) -> None:
-    """Refuses, before weights are read, a pool that is too small whatever else takes memory."""
+def _check_room(config: EngineConfig, attention: PagedAttention, params: int) -> None:
+    """Refuses, before weights are read, a pool that is too small if nothing but ``params`` bytes takes memory."""
     stats = attention.mesh.devices.flat[0].memory_stats() or {}
     roomiest = plan_blocks(
         limit=stats.get("bytes_limit"),
-        params=0,
+        params=params,
         state=0,
         temp=0,
         block=attention.bytes_per_block(),
@@ -242,7 +245,7 @@ def _plan_memory(config: EngineConfig, runner: Runner, mesh: Mesh) -> MemoryPlan
     explicit = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
     return plan_blocks(
         limit=limit,
-        params=stats.get("bytes_in_use", sum(_bytes_on(device, leaf) for leaf in leaves.values())),
+        params=stats.get("bytes_in_use", bytes_on_a_device(list(leaves.values()))),
         state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((compiler.slots, compiler.scratch))),
         temp=0 if limit is None or explicit else _trial_temp(compiler, config.compilation_cache_dir),
         block=block,
@@ -261,10 +264,6 @@ def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
     if compiler.drafter is not None:
         largest.append(compiler.propose(compiler.drafter, propose_keys(compiler.config)[-1]))
     return max(measure_temp(task, cache) for task in largest)
-
-
-def _bytes_on(device: Any, array: jax.Array) -> int:
-    return sum(shard.data.nbytes for shard in array.addressable_shards if shard.device == device)
 
 
 def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: AdaptiveDrafts | None) -> SchedulerConfig:
@@ -312,6 +311,7 @@ def _info(
         "model": f"{checkpoint.path} ({checkpoint.config.architecture}, {checkpoint.load_format})",
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "dtype": f"{jnp.dtype(config.dtype).name}, KV {config.kv_cache_dtype}",
+        "quantization": config.quantization or "none",
         "attention": selection.implementation,
         "attention choice": selection.explanation,
         "memory": memory.describe(),

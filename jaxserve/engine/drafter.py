@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxserve.config import EngineConfig, SpeculativeConfig
+import jax
+
+from jaxserve.config import EngineConfig, Quantization, SpeculativeConfig
 from jaxserve.engine.design import design
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
@@ -13,8 +15,8 @@ from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import PagedAttention
 from jaxserve.runner.draft import DraftModel
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
-from jaxserve.weights.load import load_params
-from jaxserve.weights.quantize import params_bytes, quantize_params
+from jaxserve.weights.load import by_path, load_params
+from jaxserve.weights.quantize import packing_of, params_bytes, quantize_params
 from jaxserve.weights.tokenizer import load_tokenizer
 from jaxserve.weights.tokenizer_files import has_tokenizer
 
@@ -27,7 +29,14 @@ def open_drafter(config: EngineConfig, target: ModelConfig, max_model_len: int, 
         ConfigError: it can't draft for the target; says why.
     """
     speculative = config.speculative_config
-    if speculative is None or speculative.model is None:
+    if speculative is None or speculative.method != "draft_model":
+        return None
+    if speculative.model is None:
+        if speculative.quantization == config.quantization:
+            raise ConfigError(
+                f"speculative_config's quantization is {speculative.quantization!r}, and so is the model's: a copy "
+                "would cost as much as the model; allowed: another quantization, or a draft model"
+            )
         return None
     checkpoint = open_checkpoint(speculative.model, "dummy" if config.load_format == "dummy" else "auto")
     name = f"the draft model {speculative.model!r}"
@@ -55,12 +64,18 @@ def load_drafter(
     config: EngineConfig,
     speculative: SpeculativeConfig,
     checkpoint: Checkpoint | None,
-    target: tuple[Model, PagedAttention, Params],
+    target: tuple[Checkpoint, Model, PagedAttention, Params],
     *,
-    progress: bool,
+    progress: bool | None,
 ) -> DraftModel:
-    """Loads the draft model, or copies the target, and quantises it if that was asked for."""
-    model, attention, params = target
+    """Loads the draft model, or copies the target, quantised if that was asked for.
+
+    Args:
+        checkpoint: what ``open_drafter`` opened; None: the target is copied.
+        target: its checkpoint, and what was made of it.
+        progress: as for ``load_params``.
+    """
+    source, model, attention, params = target
     target_bytes = params_bytes(model.trunk_params(params)["layers"]) + params_bytes(model.head_params(params))
     if checkpoint is not None:
         mesh, block_size = attention.mesh, attention.specs[0].block_size
@@ -70,9 +85,32 @@ def load_drafter(
             model,
             sharding=named_shardings(model.param_axes, mesh),
             seed=config.seed,
+            quantization=speculative.quantization,
             progress=progress,
         )
-    if speculative.quantization is not None:
+    elif config.quantization is None and speculative.quantization is not None:
         params = quantize_params(model, params, speculative.quantization)
+    else:
+        params = load_params(
+            source,
+            model,
+            sharding=named_shardings(model.param_axes, attention.mesh),
+            seed=config.seed,
+            quantization=speculative.quantization,
+            known=_alike(model, params, config.quantization, speculative.quantization),
+            progress=progress,
+        )
     draft_bytes = params_bytes(model.trunk_params(params)["layers"]) + params_bytes(model.head_params(params))
     return DraftModel(model, attention, params, draft_bytes / target_bytes)
+
+
+def _alike(model: Model, params: Params, one: Quantization | None, other: Quantization | None) -> dict[str, Any]:
+    """The parameters, by path, that two quantisations of a model have in common."""
+    paths = by_path(model.params)
+    structure: Any = jax.tree.structure(model.params)  # the stubs lack the method
+    leaves = structure.flatten_up_to(params)
+    return {
+        path: leaf
+        for path, leaf in zip(paths, leaves, strict=True)
+        if packing_of(model.config, path, one) == packing_of(model.config, path, other)
+    }

@@ -2,13 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from dense_attention import dense_logits, random_params
 from small_configs import LLAMA
 
 from jaxserve.models.linear import einsum, take
-from jaxserve.models.quantized import GROUP_LEN, group_len, quantize_int4, quantize_int8
+from jaxserve.models.quantized import (
+    GROUP_LEN,
+    group_len,
+    quantize_fp8,
+    quantize_fp8_products,
+    quantize_int4,
+    quantize_int8,
+)
 from jaxserve.models.registry import build
 
 PRODUCTS = {  # spec: x, weight, contracted axes of the weight
@@ -37,7 +45,7 @@ def widened4(packed, shape, contracted):
     return values * scale + offset
 
 
-BOTH = [(quantize_int8, widened8), (quantize_int4, widened4)]
+BOTH = [(quantize_int8, widened8), (quantize_fp8, widened8), (quantize_int4, widened4)]
 
 
 @pytest.mark.parametrize("quantize, widened", BOTH)
@@ -66,6 +74,45 @@ def test_int8_is_off_by_half_a_step(spec):
     assert (np.abs(np.asarray(packed.values)).max(axis=contracted) == 127).all()
 
 
+def near(x, axes):
+    """Rounded to float8_e4m3fn with the largest magnitude along the axes at 448, in float64."""
+    scale = np.abs(x).max(axis=axes, keepdims=True) / 448.0
+    return (x / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+
+
+@pytest.mark.parametrize("spec", PRODUCTS)
+def test_fp8_is_off_by_half_a_step_of_three_bits(spec):
+    _, shape, contracted = PRODUCTS[spec]
+    weight = draw(shape)
+    packed = quantize_fp8(jnp.asarray(weight), contracted)
+    assert packed.values.dtype == jnp.float8_e4m3fn
+    smallest = np.abs(weight).max(axis=contracted, keepdims=True) / 448 * 2.0**-10  # half the least subnormal
+    error = np.abs(widened8(packed, shape, contracted) - weight)
+    assert (error <= np.maximum(np.abs(weight) * 2.0**-4, smallest) * 1.0001).all()
+    assert (np.abs(np.asarray(packed.values, np.float32)).max(axis=contracted) == 448).all()
+
+
+@pytest.mark.parametrize("spec", PRODUCTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_in_fp8_round_each_token_too(spec, dtype):
+    x_shape, shape, contracted = PRODUCTS[spec]
+    x = jnp.asarray(draw(x_shape, 1) * 10.0 ** np.arange(5).reshape(5, *[1] * (len(x_shape) - 1)), dtype)
+    x = x.at[3].set(0)
+    weight = draw(shape)
+    packed = quantize_fp8_products(jnp.asarray(weight), contracted)
+    assert packed.values.dtype == jnp.float8_e4m3fn
+    got = einsum(spec, x, packed, jnp.float32)
+    wide = np.asarray(x, np.float64)
+    rounded = near(np.where(wide == 0, 1e-30, wide), tuple(range(1, x.ndim)))
+    want = np.einsum(spec, rounded, near(weight.astype(np.float64), contracted))
+    each = np.abs(want).reshape(5, -1).max(axis=1).reshape(5, *[1] * (want.ndim - 1))
+    # A few values lie so near the middle between two that the division's last bit decides.
+    assert (np.abs(np.asarray(got, np.float64) - want) <= 0.02 * each + 1e-20).all()
+    assert (np.abs(np.asarray(got, np.float64) - want) <= 1e-4 * each + 1e-20).mean() > 0.9
+    assert (np.asarray(got[3]) == 0).all()
+    assert einsum(spec, x, packed).dtype == dtype
+
+
 @pytest.mark.parametrize("spec", PRODUCTS)
 def test_int4_is_off_by_half_a_step_and_the_rounding_of_its_scale(spec):
     _, shape, contracted = PRODUCTS[spec]
@@ -85,7 +132,7 @@ def test_groups_divide_the_axis():
     assert all(size % group_len(size) == 0 and group_len(size) <= GROUP_LEN for size in range(1, 300))
 
 
-@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4, quantize_fp8, quantize_fp8_products])
 def test_weights_of_zeros_stay_zeros(quantize):
     packed = quantize(jnp.zeros((128, 4)), (0,))
     np.testing.assert_array_equal(einsum("te,ef->tf", jnp.ones((2, 128)), packed), 0)
