@@ -82,7 +82,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Generates for all prompts, batched as the engine sees fit; returns when the last is done.
@@ -91,7 +91,7 @@ class LLM:
             prompts: one prompt or many: strings, lists of token ids, or dicts with ``prompt`` or ``prompt_token_ids``
                 (and ``cache_salt``).
             sampling_params: for all prompts, or one for each; None takes the model's generation_config.
-            use_tqdm: shows a progress bar on stderr.
+            use_tqdm: shows a progress bar on stderr; None: where that is a terminal.
             priority: for all prompts, or one for each; lower runs first (``scheduling_policy="priority"``).
 
         Returns:
@@ -108,7 +108,7 @@ class LLM:
         messages: Conversation | Sequence[Conversation],
         sampling_params: Params = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -203,11 +203,12 @@ class LLM:
     def _admit(self, checked: Sequence[CheckedRequest]) -> list[Request]:
         return [self._builder.admit(request) for request in checked]
 
-    def _run(self, checked: list[CheckedRequest], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, checked: list[CheckedRequest], use_tqdm: bool | None) -> list[RequestOutput]:
         from tqdm.auto import tqdm
 
         requests = self._admit(checked)
-        bar = tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=not use_tqdm)
+        disable = None if use_tqdm is None else not use_tqdm
+        bar = tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=disable)
         with bar, Submission(self.engine.core, self._codec, requests) as submission:
             submission.submit()
             for collector in submission.updates():

@@ -71,8 +71,8 @@ class Engine:
     info: dict[str, Any]
 
 
-def build_engine(config: EngineConfig, *, progress: bool = True) -> Engine:
-    """Builds an engine that is ready to serve; its core isn't started.
+def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engine:
+    """Builds an engine that is ready to serve; its core isn't started. ``progress`` shows bars; None: on a terminal.
 
     Raises:
         CheckpointError: the model can't be read.

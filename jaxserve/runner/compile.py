@@ -24,15 +24,19 @@ def measure_temp(task: Task, cache: ExecutableCache | None) -> int:
     return size
 
 
-def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: bool) -> Executables:
-    """Traces on this thread; loads and compiles on as many threads as there are cores."""
+def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: bool | None) -> Executables:
+    """Traces on this thread; loads and compiles on as many threads as there are cores.
+
+    ``progress`` shows a bar; None: on a terminal.
+    """
     tasks, proposals = _tasks(compiler)
     done: dict[Any, Any] = {}
     seconds = {"load executables": 0.0, "trace": 0.0, "compile": 0.0}
     clock = time.perf_counter
+    hidden = None if progress is None else not progress
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(tasks), desc="Compiling", unit="exe", disable=not progress) as bar,
+        tqdm(total=len(tasks), desc="Compiling", unit="exe", disable=hidden) as bar,
     ):
         began = clock()
         if cache is not None:

@@ -90,8 +90,11 @@ class Runner:
         self._params = params
         self.executables: Executables | None = None
 
-    def start(self, *, cache_dir: str | None = None, progress: bool = False) -> None:
-        """Allocates the state, compiles the closed set or reads it from ``cache_dir``, and runs all of it."""
+    def start(self, *, cache_dir: str | None = None, progress: bool | None = False) -> None:
+        """Allocates the state, compiles the closed set or reads it from ``cache_dir``, and runs all of it.
+
+        ``progress`` shows a bar; None: on a terminal.
+        """
         compiler = self.compiler()
         cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
         executables = compile_all(compiler, cache, progress=progress)

@@ -27,7 +27,7 @@ def convert(
     *,
     tokenizer: str | None = None,
     dtype: str | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> None:
     """Writes parameters, tokenizer files and, last, the manifest without which the directory is no checkpoint.
 
@@ -35,6 +35,7 @@ def convert(
         directory: made by this call; it must not hold anything.
         tokenizer: where the tokenizer is, if not in the checkpoint; a checkpoint without one is converted without.
         dtype: of the stored parameters; None is what holds the checkpoint's values exactly.
+        progress: shows a bar; None: on a terminal.
 
     Raises:
         CheckpointError: dummy weights, or ``directory`` isn't empty.

@@ -376,3 +376,9 @@ def test_the_fake_model_depends_on_prompt_seed_and_index_only(make):
     core = FakeCore()
     generate(make(core), ["a", "a"], SamplingParams(seed=1, max_tokens=8))
     assert letters(core.submitted[0]) == letters(core.submitted[1])
+
+
+@pytest.mark.parametrize("asked, shown", [(None, False), (True, True), (False, False)])
+def test_a_bar_shows_on_a_terminal_or_when_asked_for(make, capsys, asked, shown):
+    make().generate(["abc"], SamplingParams(max_tokens=2), use_tqdm=asked)
+    assert ("Processed prompts" in capsys.readouterr().err) == shown
