@@ -2,6 +2,7 @@
 
 import pickle
 import signal
+import sys
 import threading
 import time
 
@@ -365,20 +366,16 @@ def test_metrics_tell_when_things_happened(make):
     assert m.time_to_first_token == m.first_token_time - m.arrival_time
 
 
-def test_a_progress_bar_is_shown_on_demand(make, capsys):
-    make().generate(["a", "b"], SamplingParams(max_tokens=2))
-    assert "Processed prompts" in capsys.readouterr().err
-    make().generate(["a", "b"], SamplingParams(max_tokens=2), use_tqdm=False)
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_bar_shows_on_a_terminal_or_when_asked_for(make, capsys, monkeypatch, asked, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    make().generate(["a", "b"], SamplingParams(max_tokens=2), use_tqdm=asked)
+    shown = "Processed prompts" in capsys.readouterr().err
+    assert shown == (terminal if asked is None else asked)
 
 
 def test_the_fake_model_depends_on_prompt_seed_and_index_only(make):
     core = FakeCore()
     generate(make(core), ["a", "a"], SamplingParams(seed=1, max_tokens=8))
     assert letters(core.submitted[0]) == letters(core.submitted[1])
-
-
-@pytest.mark.parametrize("asked, shown", [(None, False), (True, True), (False, False)])
-def test_a_bar_shows_on_a_terminal_or_when_asked_for(make, capsys, asked, shown):
-    make().generate(["abc"], SamplingParams(max_tokens=2), use_tqdm=asked)
-    assert ("Processed prompts" in capsys.readouterr().err) == shown
