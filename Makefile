@@ -42,7 +42,7 @@ test: $(DEV) $(VENV)/$(WEIGHTS)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(DEV) $(VENV)/$(WEIGHTS)
-	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "slow and not gpu" $(PYTEST_ARGS)
 
 smoke-jax-0.12: $(DEV_012) $(VENV_012)/$(WEIGHTS)
 	$(VENV_012)/bin/pytest $(SMOKE_TESTS) $(PYTEST_ARGS)
