@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 from pallas_kernels.ragged_paged_attention.gpu_tile import (
     LOG2E,
+    fetch_step,
     logits,
     mask,
     mma_dtype,
@@ -37,7 +38,8 @@ from pallas_kernels.ragged_paged_attention.gpu_tile import (
     queries,
     rows_of,
     smem_tile,
-    widen,
+    unit_rows,
+    widen_step,
     zero_rows_past,
 )
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec
@@ -123,7 +125,6 @@ def decode(
     streams, stages, BK = config.streams, config.stages, config.block_kv
     units = BK // plan.UNIT
     num_workers = config.num_ctas * streams
-    P = block_table.shape[1]
     operands: list[Any] = [
         q.reshape(T * Hq, D),
         values.reshape(N * 2 * Hk, B, D),
@@ -182,17 +183,13 @@ def decode(
         q_raw, k_smem, v_smem, q_and_o, q_full, q_free, kv_barriers, raw
     ) -> None:  # fmt: skip
         k_full, v_full, k_free, v_free = kv_barriers
+        kv_buffers = ((k_smem, k_full, k_free), (v_smem, v_full, v_free))
         q_smem, o_smem, part_smem = q_and_o
         wg = lax.axis_index("wg")
         stream = lax.rem(wg, jnp.int32(streams))
         worker = lax.axis_index("cta") * streams + stream
 
-        def block_rows(tile, head, unit):
-            """Where K of a unit is in kv_ref (V: Hk further), and its first row in that block."""
-            unit = tiles_ref[tile, plan.FIRST_UNIT] + unit
-            column = jnp.minimum(lax.div(unit, jnp.int32(B // plan.UNIT)), P - 1)
-            block = jnp.clip(table_ref[tiles_ref[tile, plan.ROW], column], 0, N - 1)
-            return block * (2 * Hk) + head, lax.rem(unit, jnp.int32(B // plan.UNIT)) * plan.UNIT
+        place_of = functools.partial(unit_rows, tiles_ref, table_ref, values.shape)
 
         def fetch_q(segment, tile, head):
             @pl.when(segment > 0)
@@ -213,35 +210,24 @@ def decode(
             def _(j):
                 slot = lax.rem(step + j, jnp.int32(stages))
                 # The last step's units past the segment's last one repeat it: masked, but finite.
-                places = [block_rows(tile, head, unit + jnp.minimum(j * units + u, num - 1)) for u in range(units)]
-                for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
-
-                    @pl.when(step + j >= stages)
-                    def _(free=free):
-                        plgpu.barrier_wait(free.at[stream, slot])
-
-                    for u, (index, row) in enumerate(places):
-                        plgpu.copy_gmem_to_smem(
-                            kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
-                            smem.at[stream, slot, pl.ds(u * plan.UNIT, plan.UNIT)],
-                            full.at[stream, slot],
-                        )
+                places = [place_of(tile, head, unit + jnp.minimum(j * units + u, num - 1)) for u in range(units)]
+                buffers = [[ref.at[stream, slot] for ref in refs] for refs in kv_buffers]
+                fetch_step(kv_ref, places, Hk, step + j >= stages, buffers)
 
         def fetch_fp8(part, segment, tile, head, unit, num, step):
             """K (part 0) or V (part 1), fetched ahead into ``raw`` and widened from there."""
-            raw_smem, raw_full = raw
-            smem, full, free = ((k_smem, k_full, k_free), (v_smem, v_full, v_free))[part]
+            smem, full, free = kv_buffers[part]
             ahead = config.raw_stages - 1
             num_steps = pl.cdiv(num, units)
 
-            def load(n):
+            def raw_of(n):
                 slot = lax.rem(step * units + n, jnp.int32(config.raw_stages))
-                index, row = block_rows(tile, head, unit + jnp.minimum(n, num - 1))
-                plgpu.copy_gmem_to_smem(
-                    kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
-                    raw_smem.at[stream, part, slot],
-                    raw_full.at[stream, part, slot],
-                )
+                return [ref.at[stream, part, slot] for ref in raw]
+
+            def load(n):
+                slot = raw_of(n)
+                index, row = place_of(tile, head, unit + jnp.minimum(n, num - 1))
+                plgpu.copy_gmem_to_smem(kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)], *slot)
 
             pl.loop(0, jnp.minimum(num_steps * units, ahead))(load)
             if part == 0:
@@ -255,19 +241,9 @@ def decode(
                 def _():
                     plgpu.barrier_wait(free.at[stream, slot])
 
-                for u in range(units):
-                    n = j * units + u
-                    raw_slot = lax.rem(step * units + n, jnp.int32(config.raw_stages))
-
-                    # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
-                    @pl.when(n + ahead < num_steps * units)
-                    def _(n=n):
-                        load(n + ahead)
-
-                    plgpu.barrier_wait(raw_full.at[stream, part, raw_slot])
-                    widen(raw_smem.at[stream, part, raw_slot], smem.at[stream, slot, pl.ds(u * plan.UNIT, plan.UNIT)])
-                    plgpu.commit_smem()
-                plgpu.barrier_arrive(full.at[stream, slot])
+                widen_step(
+                    j * units, num_steps * units, ahead, load, raw_of, smem.at[stream, slot], full.at[stream, slot]
+                )
 
         fetchers = [functools.partial(fetch_fp8, part) for part in (0, 1)] if fp8 else [fetch]
 

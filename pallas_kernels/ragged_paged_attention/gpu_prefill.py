@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 from pallas_kernels.ragged_paged_attention.gpu_tile import (
     LOG2E,
+    fetch_step,
     logits,
     mask,
     mma_dtype,
@@ -29,7 +30,8 @@ from pallas_kernels.ragged_paged_attention.gpu_tile import (
     queries,
     rows_of,
     smem_tile,
-    widen,
+    unit_rows,
+    widen_step,
     zero_rows_past,
 )
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec
@@ -69,7 +71,6 @@ def prefill(
     T, Hq, D = q.shape
     N, _, Hk, B, _ = values.shape
     G, TQ, BK = Hq // Hk, tile_tokens(spec), config.block_kv
-    P = block_table.shape[1]
     units, stages = BK // plan.UNIT, config.stages
     heads_per_wg, wg_tokens = max(WG_ROWS // TQ, 1), min(TQ, WG_ROWS)
     fp8 = spec.kv_dtype == "float8_e4m3fn"
@@ -108,6 +109,7 @@ def prefill(
         q_raw, k_smem, v_smem, q_and_o, q_full, q_free, kv_barriers, turn, raw
     ) -> None:  # fmt: skip
         k_full, v_full, k_free, v_free = kv_barriers
+        kv_buffers = ((k_smem, k_full, k_free), (v_smem, v_full, v_free))
         q_smem, o_smem = q_and_o
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         num_items = num_tiles_ref[0] * Hk
@@ -132,13 +134,10 @@ def prefill(
 
             lax.fori_loop(0, pl.cdiv(num_items, config.num_ctas), one, jnp.int32(0))
 
-        def unit_rows(tile, head, unit):
-            """Where K of a unit is in kv_ref (V: Hk further), and its first row in that block."""
+        def place_of(tile, head, unit):
             # The last step's units past the tile's last one repeat it: masked, but finite.
-            unit = tiles_ref[tile, plan.FIRST_UNIT] + jnp.minimum(unit, tiles_ref[tile, plan.NUM_UNITS] - 1)
-            column = jnp.minimum(lax.div(unit, jnp.int32(B // plan.UNIT)), P - 1)
-            block = jnp.clip(table_ref[tiles_ref[tile, plan.ROW], column], 0, N - 1)
-            return block * (2 * Hk) + head, lax.rem(unit, jnp.int32(B // plan.UNIT)) * plan.UNIT
+            unit = jnp.minimum(unit, tiles_ref[tile, plan.NUM_UNITS] - 1)
+            return unit_rows(tiles_ref, table_ref, values.shape, tile, head, unit)
 
         def fetch_q(i, tile, head):
             @pl.when(i > 0)
@@ -159,59 +158,39 @@ def prefill(
             @pl.loop(0, num_steps)
             def _(j):
                 slot = lax.rem(first_step + j, jnp.int32(stages))
-                places = [unit_rows(tile, head, j * units + u) for u in range(units)]
-                for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
-
-                    @pl.when(first_step + j >= stages)
-                    def _(free=free):
-                        plgpu.barrier_wait(free.at[slot])
-
-                    for u, (index, row) in enumerate(places):
-                        plgpu.copy_gmem_to_smem(
-                            kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)],
-                            smem.at[slot, pl.ds(u * plan.UNIT, plan.UNIT)],
-                            full.at[slot],
-                        )
+                places = [place_of(tile, head, j * units + u) for u in range(units)]
+                buffers = [[ref.at[slot] for ref in refs] for refs in kv_buffers]
+                fetch_step(kv_ref, places, Hk, first_step + j >= stages, buffers)
 
         def fetch_fp8(i, tile, head, num_steps, first_step):
-            raw_smem, raw_full = raw
             ahead = config.raw_stages - 1
             num_loads, first_load = num_steps * (2 * units), first_step * (2 * units)
             fetch_q(i, tile, head)
 
+            def raw_of(n):
+                slot = lax.rem(first_load + n, jnp.int32(config.raw_stages))
+                return [ref.at[slot] for ref in raw]
+
             def load(n):
                 """Each step's K units, then its V units."""
-                slot = lax.rem(first_load + n, jnp.int32(config.raw_stages))
+                slot = raw_of(n)
                 step, part = lax.div(n, jnp.int32(2 * units)), lax.rem(lax.div(n, jnp.int32(units)), jnp.int32(2))
-                index, row = unit_rows(tile, head, step * units + lax.rem(n, jnp.int32(units)))
-                plgpu.copy_gmem_to_smem(
-                    kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)], raw_smem.at[slot], raw_full.at[slot]
-                )
+                index, row = place_of(tile, head, step * units + lax.rem(n, jnp.int32(units)))
+                plgpu.copy_gmem_to_smem(kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)], *slot)
 
             pl.loop(0, jnp.minimum(num_loads, ahead))(load)
 
             @pl.loop(0, num_steps)
             def _(j):
                 slot = lax.rem(first_step + j, jnp.int32(stages))
-                for part, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
+                for part, (smem, full, free) in enumerate(kv_buffers):
 
                     @pl.when(first_step + j >= stages)
                     def _(free=free):
                         plgpu.barrier_wait(free.at[slot])
 
-                    for u in range(units):
-                        n = (2 * j + part) * units + u
-                        raw_slot = lax.rem(first_load + n, jnp.int32(config.raw_stages))
-
-                        # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
-                        @pl.when(n + ahead < num_loads)
-                        def _(n=n):
-                            load(n + ahead)
-
-                        plgpu.barrier_wait(raw_full.at[raw_slot])
-                        widen(raw_smem.at[raw_slot], smem.at[slot, pl.ds(u * plan.UNIT, plan.UNIT)])
-                        plgpu.commit_smem()
-                    plgpu.barrier_arrive(full.at[slot])
+                    first = (2 * j + part) * units
+                    widen_step(first, num_loads, ahead, load, raw_of, smem.at[slot], full.at[slot])
 
         def take_turn():
             """Both warpgroups meet here; the second one starts half a step late (see _compute)."""

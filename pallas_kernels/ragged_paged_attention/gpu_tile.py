@@ -1,4 +1,5 @@
-"""Arithmetic on one tile that the decode and the prefill kernel share: what a computing warpgroup does with registers.
+"""What the decode and the prefill kernel share: where a tile's keys are, and what a computing warpgroup does with
+registers.
 
 Matrices are in the WGMMA layout, values for each row in its reduction. Logits are in units of log2.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec
 
 LOG2E = math.log2(math.e)
@@ -78,6 +81,66 @@ def mask(
 def rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
     """A value for each row, spread over the columns."""
     return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def unit_rows(
+    tiles_ref: Any,
+    table_ref: Any,
+    kv_shape: tuple[int, ...],  # [N, 2, Hk, B, D]
+    tile: jax.Array,
+    head: jax.Array,
+    unit: jax.Array,  # of the tile
+) -> tuple[jax.Array, jax.Array]:
+    """Where K of a unit is in [N * 2 * Hk, B, D] (V: Hk further), and its first row in that block."""
+    N, _, Hk, B, _ = kv_shape
+    unit = tiles_ref[tile, plan.FIRST_UNIT] + unit
+    column = jnp.minimum(lax.div(unit, jnp.int32(B // plan.UNIT)), table_ref.shape[1] - 1)
+    block = jnp.clip(table_ref[tiles_ref[tile, plan.ROW], column], 0, N - 1)
+    return block * (2 * Hk) + head, lax.rem(unit, jnp.int32(B // plan.UNIT)) * plan.UNIT
+
+
+def fetch_step(
+    kv_ref: Any,  # ref [N * 2 * Hk, B, D]
+    places: list[tuple[jax.Array, jax.Array]],  # of the step's units: see unit_rows
+    num_kv_heads: int,
+    reuses: jax.Array,  # whether an earlier step had these buffers
+    buffers: Any,  # of K, then V: (ref [units * 64, D], the barrier of its arrival, the barrier of its release)
+) -> None:
+    """Starts the copies of a step's keys and values, as soon as their buffers are free."""
+    for part, (smem, full, free) in enumerate(buffers):
+
+        @pl.when(reuses)
+        def _(free: Any = free) -> None:
+            plgpu.barrier_wait(free)
+
+        for u, (index, row) in enumerate(places):
+            source = kv_ref.at[index + part * num_kv_heads, pl.ds(row, plan.UNIT)]
+            plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(u * plan.UNIT, plan.UNIT)], full)
+
+
+def widen_step(
+    first: jax.Array,  # the step's first unit, counted as ``load`` does
+    num_loads: jax.Array,
+    ahead: int,  # units that are on their way before one is widened
+    load: Callable[[jax.Array], None],  # starts the copy of a unit
+    raw_of: Callable[[jax.Array], Any],  # its (ref fp8[64, D], barrier of its arrival)
+    smem: Any,  # ref float16[units * 64, D]
+    full: Any,  # its barrier
+) -> None:
+    """Widens a step's units of K or V as they arrive, and keeps the copies of later ones going."""
+    for u in range(smem.shape[0] // plan.UNIT):
+        n = first + u
+        raw, arrived = raw_of(n)
+
+        # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
+        @pl.when(n + ahead < num_loads)
+        def _(n: Any = n) -> None:
+            load(n + ahead)
+
+        plgpu.barrier_wait(arrived)
+        widen(raw, smem.at[pl.ds(u * plan.UNIT, plan.UNIT)])
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(full)
 
 
 def zero_rows_past(v_ref: Any, first_pos: jax.Array, kv_len: jax.Array) -> None:

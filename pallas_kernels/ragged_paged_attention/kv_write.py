@@ -30,7 +30,9 @@ def write_kv(
     """
     new, scale = quantise(k, v, pool, spec)
     values = pool.values.at[slots(batch)].set(new.astype(pool.values.dtype), mode="drop", unique_indices=True)
-    return KVPool(values, write_scales(scale, pool, batch))
+    if scale is None or pool.scales is None:
+        return KVPool(values, pool.scales)
+    return KVPool(values, pool.scales.at[slots(batch)].set(scale, mode="drop", unique_indices=True))
 
 
 def slots(batch: RaggedBatch) -> tuple[Any, ...]:
@@ -60,14 +62,3 @@ def quantise(
             new = new / pool.scales[None, :, :, None]
         new = jnp.clip(new, -_FP8_MAX, _FP8_MAX)
     return jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, pool.values.shape[-1] - spec.head_dim))), scale
-
-
-def write_scales(
-    scale: jax.Array | None,  # float32[T, 2, Hk]
-    pool: KVPool,
-    batch: RaggedBatch,
-) -> jax.Array | None:
-    """The pool's scales with those of this step's tokens; only int8 has scales that change."""
-    if scale is None or pool.scales is None:
-        return pool.scales
-    return pool.scales.at[slots(batch)].set(scale, mode="drop", unique_indices=True)

@@ -43,25 +43,25 @@ def write_kv(
     if pool.values.dtype.itemsize == 1:
         new = new.astype(jnp.bfloat16)  # which holds every fp8 and int8 value exactly
     values = _write_segments(new, pool.values, batch, interpret)
-    return KVPool(values, _write_scales(scale, pool, batch))
+    if scale is None or pool.scales is None:
+        return KVPool(values, pool.scales)
+    return KVPool(values, _write_scales(scale, pool.scales, batch))
 
 
 def _write_scales(
-    scale: jax.Array | None,  # float32[T, 2, Hk]
-    pool: KVPool,
+    scale: jax.Array,  # float32[T, 2, Hk]
+    scales: jax.Array,  # float32[N, 2, Hk, B]
     batch: RaggedBatch,
-) -> jax.Array | None:
-    """As ``kv_write.write_scales``, by whole blocks: XLA copies the array to scatter along its last dimension."""
-    if scale is None or pool.scales is None:
-        return pool.scales
-    N, block_size = pool.values.shape[0], pool.values.shape[3]
+) -> jax.Array:  # float32[N, 2, Hk, B]
+    """Of int8, by whole blocks: XLA copies the array to scatter along its last dimension."""
+    N, _, _, block_size = scales.shape
     T, R = scale.shape[0], batch.context_lens.shape[0]
     runs = _runs(batch, N, block_size)
     bound = min(T, T // block_size + 2 * R)  # a row fills whole blocks and at most two partial ones
     block = jnp.where(jnp.arange(bound) < runs.count, runs.block[:bound], N)
-    blocks = pool.scales.at[block].get(mode="clip")  # float32[bound, 2, Hk, B]
+    blocks = scales.at[block].get(mode="clip")  # float32[bound, 2, Hk, B]
     blocks = blocks.at[runs.of_token, :, :, batch.token_offset].set(scale, mode="drop", unique_indices=True)
-    return pool.scales.at[block].set(blocks, mode="drop")
+    return scales.at[block].set(blocks, mode="drop")
 
 
 def _write_segments(
