@@ -58,8 +58,8 @@ class Bench:
         core = self.llm.engine.core
         submit = core.submit
 
-        def listening(choices: Any, sink: Any) -> None:
-            submit(choices, lambda event: (events.append(event), sink(event)))
+        def listening(choices: Any, sink: Any, *, streaming: bool) -> None:
+            submit(choices, lambda event: (events.append(event), sink(event)), streaming=True)
 
         core.submit = listening
         try:

@@ -143,7 +143,8 @@ class FakeCore:
         if self._thread is not None:
             self._thread.join()
 
-    def submit(self, choices: Sequence[Choice], sink: Callable[[ChoiceEvent], None]) -> None:
+    def submit(self, choices: Sequence[Choice], sink: Callable[[ChoiceEvent], None], *, streaming: bool = True) -> None:
+        """Every step has its event, whether ``streaming`` or not."""
         self.check_health()
         with self._changed:
             self.submitted += choices

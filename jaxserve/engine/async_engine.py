@@ -140,7 +140,9 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
         events: asyncio.Queue[ChoiceEvent] = asyncio.Queue()
-        self.engine.core.submit(request.choices, lambda event: mailbox.post(events.put_nowait, event))
+        self.engine.core.submit(
+            request.choices, lambda event: mailbox.post(events.put_nowait, event), streaming=collector.streaming
+        )
         while not collector.finished:
             event: ChoiceEvent | None = await self._next(events)
             while event is not None:

@@ -26,7 +26,7 @@ class RequestCollector:
     """
 
     def __init__(self, request: Request, codec: Codec, *, streaming: bool = False):
-        self.request = request
+        self.request, self.streaming = request, streaming
         self._codec = codec
         self._choices = [_ChoiceCollector(request, index, codec, streaming) for index in range(request.params.n)]
         self._metrics = RequestMetrics(arrival_time=request.arrival_time)
@@ -127,6 +127,10 @@ class _ChoiceCollector:
         self.stop_reason: int | str | None = None
 
     def add(self, event: ChoiceEvent) -> str | None:
+        if self._detokenizer is None and self._logprobs is None and event.finish_reason is None:
+            self.token_ids += event.token_ids
+            self._num_text_tokens += len(event.token_ids)
+            return None
         for row, token_id in enumerate(event.token_ids):
             self.token_ids.append(token_id)
             if self._logprobs is not None and event.logprobs is not None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from jaxserve.engine.events import ChoiceEvent
 from jaxserve.errors import CompileAfterWarmupError, EngineDeadError, InvalidRequestError
 from jaxserve.runner.compile_guard import CompileGuard
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.commit import Commit
 from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
 from jaxserve.scheduler.request import Choice, FinishReason
@@ -51,6 +52,15 @@ class _Finish:
     choice_id: int
     reason: FinishReason
     stop_reason: int | str | None
+
+
+@dataclass(slots=True)
+class _Quiet:
+    """What the caller of a choice knows of it, and what it doesn't know yet."""
+
+    num_told: int = 0  # tokens
+    num_drafted: int = 0  # since then
+    num_accepted: int = 0
 
 
 class EngineCore:
@@ -91,6 +101,7 @@ class EngineCore:
         self._check_invariants = check_invariants
         self._inbox: deque[Choice | _Finish | Callable[[], None]] = deque()
         self._sinks: dict[int, Sink] = {}
+        self._quiet: dict[int, _Quiet] = {}  # choice_id -> what was told, of choices that are told of twice only
         self._calls: set[Future[Any]] = set()
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._lock = threading.Condition()
@@ -130,8 +141,14 @@ class EngineCore:
                 thread.join(timeout=self._watchdog_seconds)
         self._die(EngineDeadError("the engine was shut down"))
 
-    def submit(self, choices: Sequence[Choice], sink: Sink) -> None:
+    def submit(self, choices: Sequence[Choice], sink: Sink, *, streaming: bool = True) -> None:
         """Queues choices. ``sink`` is called on the core's thread for each of their events; it must be quick.
+
+        Args:
+            streaming: the caller wants tokens as they come. If not, choices of which it needn't see every step (those
+                without stop strings and log-probabilities) have two events: with the first token, and with the rest at
+                the end. A waiting caller that looks at every token of 256 choices would keep Python's lock from this
+                thread for longer than the device needs for a step.
 
         Raises:
             EngineDeadError: the engine failed or was shut down.
@@ -145,6 +162,10 @@ class EngineCore:
             if len(sinks) < len(choices) or not sinks.keys().isdisjoint(self._sinks):
                 raise InvalidRequestError("a choice_id is in use; allowed: each of EngineCore.choice_ids once")
             self._sinks |= sinks
+            if not streaming:
+                self._quiet |= {
+                    choice.choice_id: _Quiet() for choice in choices if not _needs_every_step(choice.params)
+                }
             self._inbox.extend(choices)
             self._lock.notify_all()
 
@@ -238,19 +259,29 @@ class EngineCore:
 
     def _emit(self, commit: Commit, result: StepResult | None) -> None:
         choice, row = commit.choice, commit.row
-        num_tokens = len(commit.new_token_ids)
+        token_ids: Sequence[int] = commit.new_token_ids
         logprobs = None
         num_drafted = num_accepted = 0
         if result is not None and row >= 0:
-            if result.logprobs is not None and choice.params.logprobs is not None and num_tokens:
-                logprobs = _rows(result.logprobs, row, num_tokens)
-            num_drafted = int(result.num_drafted[row])
-            num_accepted = max(int(result.num_emitted[row]) - 1, 0)
+            if result.logprobs is not None and choice.params.logprobs is not None and token_ids:
+                logprobs = _rows(result.logprobs, row, len(token_ids))
+            if self.scheduler.config.max_drafts:
+                num_drafted = int(result.num_drafted[row])
+                num_accepted = max(int(result.num_emitted[row]) - 1, 0)
+        quiet = self._quiet.get(choice.choice_id)
+        if quiet is not None:
+            quiet.num_drafted += num_drafted
+            quiet.num_accepted += num_accepted
+            if commit.finish_reason is None and quiet.num_told:
+                return
+            token_ids = choice.output_token_ids[quiet.num_told :]
+            num_drafted, num_accepted = quiet.num_drafted, quiet.num_accepted
+            self._quiet[choice.choice_id] = _Quiet(len(choice.output_token_ids))
         self._send(
             ChoiceEvent(
                 choice_id=choice.choice_id,
                 index=choice.index,
-                token_ids=tuple(commit.new_token_ids),
+                token_ids=tuple(token_ids),
                 logprobs=logprobs,
                 prompt_logprobs=commit.prompt_logprobs,
                 finish_reason=commit.finish_reason,
@@ -269,6 +300,7 @@ class EngineCore:
                 sink = self._sinks.get(event.choice_id)
             else:
                 sink = self._sinks.pop(event.choice_id, None)
+                self._quiet.pop(event.choice_id, None)
         if sink is not None:
             sink(event)
 
@@ -373,6 +405,11 @@ class EngineCore:
                 return None
             self._hung = True
             return f"no step has returned for {silent:.0f} s (watchdog_seconds)"
+
+
+def _needs_every_step(params: SamplingParams) -> bool:
+    """Whether a caller that waits for the end has something to do at each step all the same."""
+    return bool(params.stop) or params.logprobs is not None or params.prompt_logprobs is not None
 
 
 def _rows(table: Logprobs, row: int, num_tokens: int) -> Logprobs:

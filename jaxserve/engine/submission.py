@@ -33,7 +33,7 @@ class Submission:
 
     def __init__(self, core: EngineCore, codec: Codec, requests: Sequence[Request], *, streaming: bool = False):
         self.collectors = [RequestCollector(request, codec, streaming=streaming) for request in requests]
-        self._core = core
+        self._core, self._streaming = core, streaming
         self._events: queue.SimpleQueue[ChoiceEvent] = queue.SimpleQueue()
         self._by_choice = {
             choice.choice_id: collector for collector in self.collectors for choice in collector.request.choices
@@ -49,7 +49,8 @@ class Submission:
 
     def submit(self) -> None:
         """Hands all choices to the core at once."""
-        self._core.submit([c for collector in self.collectors for c in collector.request.choices], self._events.put)
+        choices = [choice for collector in self.collectors for choice in collector.request.choices]
+        self._core.submit(choices, self._events.put, streaming=self._streaming)
 
     def updates(self) -> Iterator[RequestCollector]:
         """Yields a collector whenever events changed it, until all requests are finished.

@@ -17,14 +17,13 @@ import pickle
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 
-import jaxserve
 import jaxserve.models
 import pallas_kernels
 from jaxserve.runner.compiler import Compiler, Task
@@ -112,10 +111,8 @@ def _digest(parts: Iterable[bytes]) -> str:
 @functools.cache
 def _sources() -> str:
     """Digest of the package's own files, code and tuning data."""
-    files = []
-    for package in (jaxserve, jaxserve.models, pallas_kernels):
-        (folder,) = package.__path__
-        files += [path for path in Path(folder).rglob("*") if path.suffix in (".py", ".json")]
+    folders = [str(Path(__file__).parents[1]), *jaxserve.models.__path__, *pallas_kernels.__path__]
+    files = [path for folder in folders for path in Path(folder).rglob("*") if path.suffix in (".py", ".json")]
     return _digest(path.name.encode() + b"\0" + path.read_bytes() for path in sorted(set(files)))
 
 
@@ -123,9 +120,9 @@ def _machine(devices: tuple[Any, ...]) -> list[str]:
     """What the compiler is, what it compiles for, and what it was told."""
     client = devices[0].client
     settings = {name: value for name, value in jax.config.values.items() if "cache" not in name and "log" not in name}
-    flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    flags = os.environ.get("XLA_FLAGS", ""), os.environ.get("LIBTPU_INIT_ARGS", "")
     return [
-        f"{jax.__version__} {jaxlib.__version__} {client.platform} {client.platform_version}",
+        f"{version('jax')} {version('jaxlib')} {client.platform} {client.platform_version}",
         repr([(device.id, device.device_kind) for device in devices]),
         repr(sorted(settings.items(), key=lambda item: item[0])),
         repr(flags),

@@ -337,3 +337,42 @@ def test_call_runs_between_steps_and_stats_count():
     assert thread == ("jaxserve-core", 4)
     assert (stats["num_emitted_tokens"], stats["num_finished"]["length"], stats["num_waiting"]) == (6, 1, 0)
     core.shutdown()
+
+
+def test_a_caller_that_waits_for_the_end_hears_of_the_first_token_and_of_the_end():
+    choices = [make_choice(max_tokens=9), make_choice(max_tokens=1), make_choice(max_tokens=9, stop=["x"])]
+    core, sink = make_core(), Sink()
+    core.submit(choices, sink, streaming=False)
+    core.start()
+    sink.wait(choices)
+    core.shutdown()
+    assert [len(event.token_ids) for event in sink.events[choices[0].choice_id]] == [1, 8]
+    assert [len(event.token_ids) for event in sink.events[choices[1].choice_id]] == [1]
+    assert [len(event.token_ids) for event in sink.events[choices[2].choice_id]] == [1] * 9  # looks for its stop string
+    assert all(sink.tokens(choice) == expected(choice) for choice in choices)
+
+
+@pytest.mark.parametrize("num_blocks", [32, 6], ids=["roomy", "preempted"])
+def test_the_end_brings_all_tokens_that_were_not_told(num_blocks):
+    """Also of choices that are aborted, and of those that were preempted on their way."""
+    choices = [make_choice(prompt_len=4, max_tokens=14) for _ in range(3)]
+    runner = FakeRunner()
+    core, sink = make_core(runner, num_blocks=num_blocks, max_model_len=24, admission_headroom_len=0), Sink()
+    aborted = choices[0]
+
+    def abort(what, step_id):
+        if what == "dispatch" and len(aborted.output_token_ids) >= 5:
+            core.finish(aborted.choice_id, "abort")
+
+    runner.hook = abort
+    core.submit(choices, sink, streaming=False)
+    core.start()
+    sink.wait(choices)
+    assert (core.stats()["num_preemptions"] > 0) == (num_blocks == 6)
+    core.shutdown()
+    for choice in choices:
+        told = sink.tokens(choice)
+        assert told == expected(choice)[: len(told)]
+        assert len(sink.events[choice.choice_id]) <= 2
+        assert sink.reason(choice) == ("abort" if choice is aborted else "length")
+        assert len(told) >= 5
