@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aot_checks import check_kernels, check_lowering, kernel_calls, num_lowered
+from aot_checks import check_kernels, check_lowering, check_weights, kernel_calls, num_lowered
 from aot_gate import CPU_LIMIT, MAX_MODEL_LEN, MAX_SEQS, ROOT, Case, cases
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.models.registry import build
+from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention, attention_specs
 from jaxserve.runner.compiler import Compiler, Task
 from jaxserve.runner.config import RunnerConfig
@@ -29,6 +30,7 @@ from jaxserve.runner.executables import SampleKey
 from jaxserve.runner.state import init_scratch, init_slots
 from jaxserve.sampling.tier import Tier
 from jaxserve.weights.config_file import read_model_toml
+from jaxserve.weights.quantize import abstract_params
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, RaggedBatch
 
@@ -86,6 +88,7 @@ def compile_and_check(case: Case, executables: dict[str, Lowered]) -> dict[str, 
             failures.append(f"{memory.alias_size_in_bytes} of {lowered.donated_bytes} donated bytes are aliased")
         if temp_mib > lowered.temp_mib:
             failures.append(f"{temp_mib:.1f} MiB of temporary memory, the bound is {lowered.temp_mib}")
+        failures += check_weights(compiled.as_text())
         if lowered.attention_layers:
             kernels = kernel_calls(compiled.as_text())
             figures["kernels"] = dict(sorted(kernels.items()))
@@ -175,7 +178,9 @@ def step_compiler(case: Case, mesh: Any, num_layers: int | None) -> Compiler:
     model_config = read_model_toml(ROOT / "configs" / "models" / f"{case.model}.toml")
     model_config = dataclasses.replace(model_config, layers=model_config.layers[:num_layers])
     model = build(model_config, dtype="bfloat16", padded_vocab=model_config.vocab_size)
-    specs = attention_specs(model_config, block_size=case.block_size, dtype="bfloat16", kv_dtype="bfloat16", shards=1)
+    specs = attention_specs(
+        model_config, block_size=case.block_size, dtype="bfloat16", kv_dtype=case.kv_dtype, shards=1
+    )
     attention = PagedAttention(specs, case.implementation, mesh)
     config = RunnerConfig(
         max_num_seqs=MAX_SEQS,
@@ -195,7 +200,7 @@ def step_compiler(case: Case, mesh: Any, num_layers: int | None) -> Compiler:
         attention=attention,
         config=config,
         fields=None,  # type: ignore[arg-type]  # layout of admissions: not part of a step
-        params=place(model.params, mesh, WHOLE),
+        params=abstract_params(model, named_shardings(model.param_axes, mesh), case.quantization),
         kv=place(jax.eval_shape(lambda: attention.empty_pools(config.num_blocks)), mesh, POOL),
         slots=place(jax.eval_shape(lambda: init_slots(config)), mesh, WHOLE),
         scratch=place(scratch, mesh, WHOLE),

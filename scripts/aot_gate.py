@@ -12,7 +12,8 @@ be refused. A case passes if
 - the donated KV pool is aliased to the output in whole, so that it is written in place;
 - temporary memory is under the case's bound, far below the pool's size: a copy of the pool is found;
 - every layer's attention is our kernels, all of them, by name: nothing fell back to XLA;
-- each kernel is lowered once, however many layers call it.
+- each kernel is lowered once, however many layers call it;
+- no weight in 8 bits is widened to a copy: the matrix products read it as it is.
 
 The last line is JSON: name -> figures and failures. The exit status is 1 if any case failed.
 """
@@ -72,6 +73,8 @@ class Case:
     temp_mib: int = 0  # bound on temporary memory of the op or the forward
     model: str = ""  # but for an op: one of MODELS
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # op: of the Llama-3.1-8B attention layer
+    quantization: Any = None  # step: of the weights
+    kv_dtype: str = "bfloat16"  # step
 
     @property
     def name(self) -> str:
@@ -116,6 +119,13 @@ def cases() -> list[Case]:
                 ("mixed_soft_cap_sinks_g16", 512, 48, {"soft_cap": 30.0, "has_sinks": True, "num_kv_heads": 2}),
             ]
         found += [Case(target, "op", label, tokens, temp, "", changes) for label, tokens, temp, changes in ops]
+    for quantization, label, num_tokens, temp, kv_dtype in (
+        ("int8", "decode", MAX_SEQS, 64, "bfloat16"),
+        ("fp8_weight_only", "decode", MAX_SEQS, 64, "bfloat16"),
+        ("fp8", "mixed_kv_fp8", 2048, 320, "float8_e4m3fn"),
+    ):
+        name = f"qwen3-0.6b_{quantization}_{label}"
+        found.append(Case("h100", "step", name, num_tokens, temp, "qwen3-0.6b", {}, quantization, kv_dtype))
     for target in ("v5e", "h100"):  # the same on every TPU
         found.append(Case(target, "layers", "llama-3.1-8b_mixed", 2048, model="llama-3.1-8b"))
         found.append(Case(target, "sample", "qwen3-0.6b_full", MAX_SEQS, model="qwen3-0.6b"))

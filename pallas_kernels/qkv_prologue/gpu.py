@@ -96,7 +96,7 @@ def _run(
     token_block: jax.Array,  # int32[T]
     token_offset: jax.Array,  # int32[T]
     norm: QKNorm | None,
-    scales: jax.Array | None,  # float32[2, Hk], fp8 only
+    scales: jax.Array | None,  # float32[2, Hk], fp8 only; None is 1.0
     values: Any,  # ref [N, 2, Hk, B, D], written in place
     spec: AttentionSpec,
 ) -> jax.Array:  # [T, Hq, D]
@@ -112,13 +112,13 @@ def _run(
     operands: list[Any] = [qkv, cos, sin, token_block, token_offset]
     if norm is not None:
         operands += [norm.q_weight, norm.k_weight]
-    if fp8:
+    if scales is not None:
         operands.append(scales)
 
     def kernel(*refs: Any) -> None:
         qkv_ref, cos_ref, sin_ref, block_ref, offset_ref, *optional, values_ref, q_ref, kv_smem = refs
         q_weight, k_weight = (optional.pop(0), optional.pop(0)) if norm is not None else (None, None)
-        scales_ref = optional.pop(0) if fp8 else None
+        scales_ref = None if scales is None else optional.pop(0)
         cta = lax.axis_index("cta")
         part, place = lax.rem(cta, jnp.int32(parts)), lax.div(cta, jnp.int32(parts))
         head = lax.rem(place, jnp.int32(Hk))
@@ -149,8 +149,8 @@ def _run(
 
         def stage(kind: int, pair: Halves) -> None:
             """Keys (0) or values (1) to shared memory, in the pool's dtype."""
-            if scales_ref is not None:
-                scale = scales_ref[kind, head]
+            if fp8:
+                scale = 1.0 if scales_ref is None else scales_ref[kind, head]
                 pair = tuple(jnp.clip(x.astype(jnp.float32) / scale, -_FP8_MAX, _FP8_MAX) for x in pair)
             for i, x in enumerate(pair):
                 kv_smem[:, kind, i * half : (i + 1) * half] = x.astype(values.dtype)

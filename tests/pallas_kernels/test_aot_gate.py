@@ -73,6 +73,19 @@ def test_a_kernel_that_each_layer_lowers_is_found() -> None:
     assert checks.check_lowering(6, 3)
 
 
+def test_a_weight_that_is_widened_to_a_copy_is_found() -> None:
+    weight = "%w.1 = s8[1024,3072]{1,0} parameter(1), sharding={}\n"
+    fused = "ROOT %dot = bf16[256,3072]{1,0} fusion(%x.1, %w.1, %s.1), kind=kCustom, calls=%gemm\n"
+    copied = "%wide = bf16[1024,3072]{1,0} fusion(%w.1), kind=kLoop, calls=%wrapped_convert\n"
+    cut = "%cut = s8[4,256,3072]{2,1,0} bitcast(%w.1)\n%wide = f32[4,256,3072]{2,1,0} fusion(%x.1, %cut), kind=kLoop\n"
+    inside = "%fused { %p = s8[1024,3072]{1,0} parameter(0)\n ROOT %c = bf16[1024,3072]{1,0} convert(%p) }\n"
+    assert not checks.check_weights(f"{inside}ENTRY %main () -> bf16[] {{\n{weight}{fused}}}")
+    assert checks.check_weights(f"ENTRY %main () -> bf16[] {{\n{weight}{copied}}}") == [
+        "wide widens 3145728 narrow values to bf16[1024,3072]"
+    ]
+    assert len(checks.check_weights(f"ENTRY %main () -> bf16[] {{\n{weight}{cut}{fused}}}")) == 1
+
+
 def _run(programs: dict[str, str], **options: Any) -> dict[str, list[str]]:
     """Failures of one case a program, which gets the name of the file for its figures as its argument."""
     chosen = [gate.Case("v5e", "op", label, 1) for label in programs]

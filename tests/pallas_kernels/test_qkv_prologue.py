@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,12 +87,21 @@ def expected_heads(
 
 
 def check(
-    spec: AttentionSpec, num_tokens: int, offset: float | None, implementation: str, storage_dim: int, tolerance: float
+    spec: AttentionSpec,
+    num_tokens: int,
+    offset: float | None,
+    implementation: str,
+    storage_dim: int,
+    tolerance: float,
+    *,
+    with_scales: bool = True,
 ) -> None:
     """Queries, and every slot of the pool, written or not; without norms if ``offset`` is None."""
     norm = None if offset is None else make_norm(spec, offset)
     qkv, rope, batch = make_qkv(spec, num_tokens), make_rope(num_tokens, spec.head_dim), make_batch(num_tokens, 64)
     before = make_pool(spec, storage_dim)
+    if not with_scales:
+        before = replace(before, scales=None)
     untouched = np.asarray(before.values.astype(jnp.float32))
     run = jax.jit(qkv_prologue, static_argnums=(5, 6))
     q, pool = run(qkv, rope, norm, before, batch, spec, implementation)
@@ -166,6 +177,13 @@ def gpu_spec(num_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: str = "
 def test_the_gpu_kernel_in_the_interpreter(spec: AttentionSpec, num_tokens: int, offset: float | None) -> None:
     with plgpu.force_gpu_interpret_mode():
         check(spec, num_tokens, offset, "pallas_gpu", spec.head_dim, _ROUNDED_ONCE)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_gpu"])
+def test_fp8_without_scales(implementation: str) -> None:
+    """As the engine's pools are: all scales are 1."""
+    with plgpu.force_gpu_interpret_mode():
+        check(gpu_spec(2, 2, 64, "float8_e4m3fn"), 9, None, implementation, 64, _ROUNDED_ONCE, with_scales=False)
 
 
 def test_the_gpu_kernel_has_no_races() -> None:
