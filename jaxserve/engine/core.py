@@ -18,18 +18,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jaxserve.engine.events import ChoiceEvent
-from jaxserve.errors import CompileAfterWarmupError, EngineDeadError, InvalidRequestError
+from jaxserve.engine.callers import Callers, Sink
+from jaxserve.errors import CompileAfterWarmupError, EngineDeadError
 from jaxserve.runner.compile_guard import CompileGuard
-from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.commit import Commit
-from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
+from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.request import Choice, FinishReason
 from jaxserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("jaxserve")
 
-Sink = Callable[[ChoiceEvent], None]
 _IDLE_CHECK_SECONDS = 1.0
 
 
@@ -54,15 +52,6 @@ class _Finish:
     stop_reason: int | str | None
 
 
-@dataclass(slots=True)
-class _Quiet:
-    """What the caller of a choice knows of it, and what it doesn't know yet."""
-
-    num_told: int = 0  # tokens
-    num_drafted: int = 0  # since then
-    num_accepted: int = 0
-
-
 class EngineCore:
     """Runs choices to their ends.
 
@@ -77,6 +66,7 @@ class EngineCore:
 
     Attributes:
         scheduler, runner: as given; only the core's thread may use them once it is started.
+        callers: who waits for which choice.
         heartbeat: ``time.monotonic()`` of the loop's last turn.
         choice_ids: numbers for new choices. All fronts of an engine draw from here, so that no two choices share one.
     """
@@ -100,8 +90,7 @@ class EngineCore:
         self._strict_compile = strict_compile
         self._check_invariants = check_invariants
         self._inbox: deque[Choice | _Finish | Callable[[], None]] = deque()
-        self._sinks: dict[int, Sink] = {}
-        self._quiet: dict[int, _Quiet] = {}  # choice_id -> what was told, of choices that are told of twice only
+        self.callers = Callers()
         self._calls: set[Future[Any]] = set()
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._lock = threading.Condition()
@@ -156,16 +145,9 @@ class EngineCore:
         """
         for choice in choices:  # here, because what fails on the core's thread kills the engine
             self.scheduler.validate(choice)
-        sinks = {choice.choice_id: sink for choice in choices}
         with self._lock:
             self._raise_if_dead()
-            if len(sinks) < len(choices) or not sinks.keys().isdisjoint(self._sinks):
-                raise InvalidRequestError("a choice_id is in use; allowed: each of EngineCore.choice_ids once")
-            self._sinks |= sinks
-            if not streaming:
-                self._quiet |= {
-                    choice.choice_id: _Quiet() for choice in choices if not _needs_every_step(choice.params)
-                }
+            self.callers.add(choices, sink, streaming=streaming)
             self._inbox.extend(choices)
             self._lock.notify_all()
 
@@ -255,58 +237,11 @@ class EngineCore:
         result = self.runner.fetch(step)
         self.heartbeat = time.monotonic()
         for commit in self.scheduler.commit(plan, result):
-            self._emit(commit, result)
-
-    def _emit(self, commit: Commit, result: StepResult | None) -> None:
-        choice, row = commit.choice, commit.row
-        token_ids: Sequence[int] = commit.new_token_ids
-        logprobs = None
-        num_drafted = num_accepted = 0
-        if result is not None and row >= 0:
-            if result.logprobs is not None and choice.params.logprobs is not None and token_ids:
-                logprobs = _rows(result.logprobs, row, len(token_ids))
-            if self.scheduler.config.max_drafts:
-                num_drafted = int(result.num_drafted[row])
-                num_accepted = max(int(result.num_emitted[row]) - 1, 0)
-        quiet = self._quiet.get(choice.choice_id)
-        if quiet is not None:
-            quiet.num_drafted += num_drafted
-            quiet.num_accepted += num_accepted
-            if commit.finish_reason is None and quiet.num_told:
-                return
-            token_ids = choice.output_token_ids[quiet.num_told :]
-            num_drafted, num_accepted = quiet.num_drafted, quiet.num_accepted
-            self._quiet[choice.choice_id] = _Quiet(len(choice.output_token_ids))
-        self._send(
-            ChoiceEvent(
-                choice_id=choice.choice_id,
-                index=choice.index,
-                token_ids=tuple(token_ids),
-                logprobs=logprobs,
-                prompt_logprobs=commit.prompt_logprobs,
-                finish_reason=commit.finish_reason,
-                stop_reason=commit.stop_reason,
-                num_cached_tokens=choice.num_cached_tokens,
-                error=None,
-                time=self.heartbeat,
-                num_drafted=num_drafted,
-                num_accepted=num_accepted,
-            )
-        )
-
-    def _send(self, event: ChoiceEvent) -> None:
-        with self._lock:  # the watchdog may be telling everybody that the engine is dead
-            if event.finish_reason is None:
-                sink = self._sinks.get(event.choice_id)
-            else:
-                sink = self._sinks.pop(event.choice_id, None)
-                self._quiet.pop(event.choice_id, None)
-        if sink is not None:
-            sink(event)
+            self.callers.tell(commit, result, self.heartbeat)
 
     def _expire(self) -> None:
         for commit in self.scheduler.expire(self.heartbeat):
-            self._emit(commit, None)
+            self.callers.tell(commit, None, self.heartbeat)
 
     def _take_inbox(self) -> bool:
         """Applies what other threads asked for; waits while there is nothing to do. False: stop."""
@@ -344,7 +279,7 @@ class EngineCore:
     def _finish(self, item: _Finish) -> None:
         choice = self.scheduler.choices.get(item.choice_id)
         if choice is not None and self.scheduler.finish(choice, item.reason, item.stop_reason):
-            self._emit(Commit(choice, -1, [], item.reason, item.stop_reason), None)
+            self.callers.tell(Commit(choice, -1, [], item.reason, item.stop_reason), None, self.heartbeat)
 
     def _answer(self, call: Future[Any], result: Any) -> None:
         with self._lock:  # the watchdog may have given up on this call meanwhile
@@ -359,30 +294,12 @@ class EngineCore:
         with self._lock:
             if self._error is None:
                 self._error = error
-            sinks, self._sinks = self._sinks, {}
             calls, self._calls = self._calls, set()
             self._stopping = True
             self._lock.notify_all()
         for call in calls:
             call.set_exception(self._dead())
-        now = time.monotonic()
-        for choice_id, sink in sinks.items():
-            event = ChoiceEvent(
-                choice_id=choice_id,
-                index=0,
-                token_ids=(),
-                logprobs=None,
-                prompt_logprobs=None,
-                finish_reason="error",
-                stop_reason=None,
-                num_cached_tokens=0,
-                error=self._error,
-                time=now,
-            )
-            try:
-                sink(event)
-            except Exception:  # one caller's trouble must not keep the news from the others
-                logger.exception("choice %d can't be told that the engine failed", choice_id)
+        self.callers.tell_all(self._error)
 
     def _watch(self) -> None:
         while (trouble := self._trouble()) is None:
@@ -405,18 +322,3 @@ class EngineCore:
                 return None
             self._hung = True
             return f"no step has returned for {silent:.0f} s (watchdog_seconds)"
-
-
-def _needs_every_step(params: SamplingParams) -> bool:
-    """Whether a caller that waits for the end has something to do at each step all the same."""
-    return bool(params.stop) or params.logprobs is not None or params.prompt_logprobs is not None
-
-
-def _rows(table: Logprobs, row: int, num_tokens: int) -> Logprobs:
-    """The first ``num_tokens`` positions of one row."""
-    return Logprobs(
-        token_logprob=table.token_logprob[row, :num_tokens],
-        token_rank=table.token_rank[row, :num_tokens],
-        top_ids=table.top_ids[row, :num_tokens],
-        top_logprobs=table.top_logprobs[row, :num_tokens],
-    )

@@ -110,7 +110,7 @@ def test_abort_at_every_phase(what, run_ahead):
         assert sink.reason(victim) in ("abort", "length")
         reasons.add((sink.reason(victim), bool(got)))
         core.scheduler.check_invariants()
-        assert core.scheduler.pool.num_available == 32 and not core._sinks
+        assert core.scheduler.pool.num_available == 32 and not core.callers
     assert reasons == {("abort", False), ("abort", True), ("length", True)}
 
 

@@ -171,7 +171,7 @@ def test_row_46_every_caller_hears_of_a_death_at_once(fault):
     with callers.llm as llm:
         callers.start()
         assert gate.reached.wait(20)
-        until(lambda: len(core._sinks) >= NUM_CHOICES)
+        until(lambda: len(core.callers) >= NUM_CHOICES)
         callers.start_call()
         until(lambda: core._calls)
         began = time.monotonic()
@@ -183,7 +183,7 @@ def test_row_46_every_caller_hears_of_a_death_at_once(fault):
             assert isinstance(outcome, EngineDeadError) and says in str(outcome)
             assert outcome.__cause__ is core._error
         assert_dead(llm, says)
-        assert not core._sinks and not core._calls
+        assert not core.callers and not core._calls
     until(lambda: not core._thread.is_alive())
 
 
@@ -236,7 +236,7 @@ def test_row_46_a_hung_step_is_noticed_and_closing_does_not_wait_for_it(stage):
     with callers.llm as llm:
         callers.start()
         assert hang.reached.wait(20)
-        until(lambda: len(core._sinks) >= NUM_CHOICES)
+        until(lambda: len(core.callers) >= NUM_CHOICES)
         callers.start_call()
         until(lambda: core._calls)
         core._watchdog_seconds = 0.2
@@ -302,7 +302,7 @@ def test_callers_that_leave_take_their_requests_with_them():
         callers.join(40)
         assert not any(isinstance(outcome, BaseException) for outcome in callers.outcomes())
         until(lambda: not core.stats()["num_running"] and not core.stats()["num_waiting"])
-        until(lambda: not core._sinks)
+        until(lambda: not core.callers)
         core.check_health()
         assert core.call(lambda scheduler: scheduler.check_invariants()) is None
         assert core.call(lambda scheduler: scheduler.pool.num_available) == 200
@@ -422,7 +422,7 @@ def test_leaving_the_with_block_by_an_error_cleans_up():
     callers = Callers(core)
     with pytest.raises(Failure), callers.llm:
         callers.start()
-        until(lambda: len(core._sinks) > 100)
+        until(lambda: len(core.callers) > 100)
         raise Failure("the caller's own")
     callers.join()
     assert {type(outcome) for outcome in callers.outcomes()} == {EngineDeadError}

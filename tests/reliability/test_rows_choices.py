@@ -46,6 +46,9 @@ def test_row_24_is_seen_where_noise_hangs_on_the_order_of_admission(engine, case
         test_row_24_a_seed_says_the_same_beside_unseeded_rows_and_rows_without_drafts(engine, cases)
 
 
+WATCHED = GREEDY.with_changes(stop="never said")  # a stop string: the caller hears of every step
+
+
 def preempt_in_flight(llm, every):
     """After each ``every``-th dispatch, with its step in flight, the choice that was planned first is preempted."""
     scheduler, count = llm.engine.core.scheduler, itertools.count(1)
@@ -65,7 +68,7 @@ def test_row_26_43_preempted_between_dispatch_and_return(engine, cases, num_draf
     for every in (2, 3):
         with serve(engine, run_ahead=run_ahead, max_drafts=num_drafts, max_prefill_chunk_len=6) as llm:
             preempt_in_flight(llm, every)
-            assert ids(llm, cases) == [case.answer for case in cases]
+            assert ids(llm, cases, WATCHED) == [case.answer for case in cases]
             stats = idle(llm)
             assert stats["num_preemptions"] > 10 and stats["num_dropped_rows"] >= stats["num_preemptions"]
 
@@ -77,7 +80,7 @@ def test_row_26_43_are_seen_when_planted(engine, cases, monkeypatch, plant):
     plant(monkeypatch)
     with serve(engine, run_ahead=1) as llm, pytest.raises((EngineDeadError, AssertionError)):
         preempt_in_flight(llm, 2)
-        assert ids(llm, cases) == [case.answer for case in cases]
+        assert ids(llm, cases, WATCHED) == [case.answer for case in cases]
 
 
 def watch_ids(llm):
@@ -189,7 +192,7 @@ def test_row_41_aborted_at_every_phase_of_every_step(engine, cases, phase, run_a
                 victim = core.scheduler.choices.get(4)
                 if next(count) == step and victim is not None:
                     core.scheduler.finish(victim, "abort")  # at once, while its step is being planned, run or committed
-                    core._sinks.pop(4)  # nobody is told: the front has left
+                    core.callers.forget(4)  # nobody is told: the front has left
                     core.finish(4, "abort")  # and once more, of one that's gone
                 return result
 

@@ -111,7 +111,7 @@ def test_row_04_05_a_prompt_as_long_as_the_context(engine, prompt_len):
                 with pytest.raises(InvalidRequestError, match=f"prompt has {prompt_len} tokens; allowed: 1..63"):
                     generate(llm, [[97], prompt[:prompt_len]], params)
             assert llm.engine.core.stats() == before
-            assert not llm.engine.core._sinks and not llm.engine.core.scheduler.choices
+            assert not llm.engine.core.callers and not llm.engine.core.scheduler.choices
         assert len(generate(llm, [[97]])[0].outputs[0].token_ids) == GREEDY.max_tokens
         idle(llm)
 
