@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--attention-implementation", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--quantization")
     parser.add_argument("--out", type=Path, default=Path("trace"))
     args = parser.parse_args()
     # XLA runs kernel by kernel while a profiler listens, unless it is told not to.
@@ -212,6 +214,8 @@ def main() -> None:
         run_ahead=args.run_ahead,
         steps_per_dispatch=args.steps_per_dispatch,
         attention_implementation=args.attention_implementation,
+        kv_cache_dtype=args.kv_cache_dtype,
+        quantization=args.quantization,
     )
     engine = build_engine(config, progress=False)
     print(json.dumps(engine.info, default=str))
