@@ -29,6 +29,7 @@ class RequestCollector:
         self.request, self.streaming = request, streaming
         self._codec = codec
         self._choices = [_ChoiceCollector(request, index, codec, streaming) for index in range(request.params.n)]
+        self._num_unfinished = len(self._choices)  # kept, because each event asks
         self._metrics = RequestMetrics(arrival_time=request.arrival_time)
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         if request.params.prompt_logprobs is not None:
@@ -36,7 +37,7 @@ class RequestCollector:
 
     @property
     def finished(self) -> bool:
-        return all(choice.finish_reason is not None for choice in self._choices)
+        return not self._num_unfinished
 
     @property
     def unfinished_ids(self) -> list[int]:
@@ -63,7 +64,8 @@ class RequestCollector:
             metrics.num_cached_tokens = max(metrics.num_cached_tokens, event.num_cached_tokens)
         metrics.num_drafted_tokens += event.num_drafted
         metrics.num_accepted_tokens += event.num_accepted
-        if self.finished:
+        if choice.finish_reason is not None:
+            self._num_unfinished -= 1
             metrics.finished_time = event.time
         return stop
 
