@@ -101,7 +101,8 @@ def cases() -> list[Case]:
         for model in MODELS:  # the longest first: they run beside the short ones
             found.append(Case(target, "step", f"{model}_mixed", 2048, 320, model))
             found.append(Case(target, "step", f"{model}_decode", MAX_SEQS, 64, model))
-        found.append(Case(target, "burst", "qwen3-0.6b", 8, 64, "qwen3-0.6b"))
+        # On 7x the loop reads the tied embedding in two layouts, so there is a second copy of it: 297 MiB.
+        found.append(Case(target, "burst", "qwen3-0.6b", 8, 384 if target == "tpu7x" else 64, "qwen3-0.6b"))
         # On GPU the partial results of split-KV are temporary memory; on TPU int8's touched blocks of scales are.
         ops: list[tuple[str, int, int, dict[str, Any]]] = [
             ("decode", MAX_SEQS, 48, {}),
