@@ -26,7 +26,7 @@ SHARED_MEMORY = 227 << 10  # bytes that a block may have on Hopper
         ({"dtype": "float32", "kv_dtype": "float32"}, "dtype is float32"),
         ({"kv_dtype": "int8"}, "kv_dtype is int8"),
         ({"head_dim": 96}, "head_dim is 96"),
-        ({"block_size": 16}, "block_size is 16"),
+        ({"block_size": 16}, "block_size is 16; the GPU kernel has (64, "),  # the smallest legal one
         ({"num_heads": 17, "num_kv_heads": 1}, "17 query heads share a KV head"),
     ],
 )

@@ -97,7 +97,7 @@ def test_the_simulator_finds_a_missing_wait() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"block_size": 16}, "block_size 16"),
+        ({"block_size": 16}, "block_size 16 (it does 32, "),  # the smallest legal one
         ({"head_dim": 512}, "head_dim 512"),
         ({"num_heads": 17, "num_kv_heads": 1}, "17 query heads"),
         ({"dtype": "float16"}, "dtype float16"),
