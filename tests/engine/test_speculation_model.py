@@ -204,7 +204,7 @@ REFUSED = {
     "no model": ({"method": "draft_model"}, "give one of them"),
     "ngram with a model": ({"method": "ngram", "model": LLAMA}, "'model' with method 'ngram'"),
     "ngram, quantised": ({"quantization": "int8"}, "'quantization' with method 'ngram'"),
-    "unknown quantization": ({"method": "draft_model", "quantization": "int3"}, "'int8', 'int4'"),
+    "unknown quantization": ({"method": "draft_model", "quantization": "int3"}, "'int3'; allowed: int8, int4, fp8"),
     "unknown method": ({"method": "eagle"}, "'ngram', 'draft_model'"),
     "another vocabulary": ({"method": "draft_model", "model": "tiny_dummy.toml"}, "261 token ids; allowed: the"),
 }
