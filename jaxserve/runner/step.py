@@ -44,22 +44,28 @@ def stage(
     packet: jax.Array,  # int32[packet_len], see packet.py
     *,
     config: RunnerConfig,
+    num_rows: int | None = None,
 ) -> SlotState:
-    """Puts a plan on the device. Draft counts of the plan are caps where drafts are looked up here."""
+    """Puts a plan on the device. Draft counts of the plan are caps where drafts are looked up here.
+
+    ``num_rows`` bounds the plan's rows, so that fewer of them are looked up; None is ``max_num_seqs``.
+    """
     rows, drafts, updates = unpack_plan(packet, config)
     row_slots, widths, num_drafts, samples = rows
     if config.ngram is not None:
-        where = jnp.minimum(row_slots, config.max_num_seqs - 1)
-        caps = num_drafts
-        drafts, num_drafts = propose(
+        R = num_rows or config.max_num_seqs
+        where = jnp.minimum(row_slots[:R], config.max_num_seqs - 1)
+        found, num_found = propose(
             slots.tokens[where],
             slots.tokens_len[where],
-            caps,
+            num_drafts[:R],
             K=config.max_drafts,
             n_min=config.ngram.min_len,
             n_max=config.ngram.max_len,
         )
-        widths = widths - caps + num_drafts
+        drafts = jax.lax.dynamic_update_slice(drafts, found, (0, 0))
+        widths = widths.at[:R].add(num_found - num_drafts[:R])
+        num_drafts = jax.lax.dynamic_update_slice(num_drafts, num_found, (0,))
     table = slots.block_table.at[0, updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
     plan = StagedPlan(row_slots, widths, num_drafts, drafts, samples > 0)
     return replace(slots, block_table=table, plan=plan)
@@ -203,7 +209,7 @@ def burst(
 
     def one(index: jax.Array, carry: tuple[Any, SlotState, Scratch, jax.Array]) -> Any:
         kv, slots, scratch, words = carry
-        slots = stage(slots, packets[index], config=config)
+        slots = stage(slots, packets[index], config=config, num_rows=num_rows)
         if len(models) > 1:
             model, attention = models[1]
             draft_kv, slots = draft_tokens(
