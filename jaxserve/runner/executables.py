@@ -23,25 +23,26 @@ class SampleKey:
         return self.num_rows * (1 + self.num_drafts), self.tier
 
     def serves(self, tier: Tier, num_drafts: int, num_rows: int) -> bool:
-        return self.tier >= tier and self.num_drafts >= num_drafts and self.num_rows >= num_rows
+        return self.tier.covers(tier) and self.num_drafts >= num_drafts and self.num_rows >= num_rows
 
 
 def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
     """The sampling executables, cheapest first. The rarer ones come in few sizes; a step takes the next that serves.
 
-    A greedy step takes PLAIN where there is no GREEDY of its size: noise costs less than more rows of the LM head.
+    Where there are many sizes (on accelerators) a greedy step of fewer rows takes PLAIN: noise is cheap there.
     """
     rows, K = config.row_buckets, config.max_drafts
     few = (rows[0], rows[-1]) if len(rows) > 1 and not K else (rows[-1],)
-    keys = [SampleKey(Tier.GREEDY, K, size) for size in rows[::2]] + [SampleKey(Tier.PLAIN, K, size) for size in rows]
-    keys += [SampleKey(tier, K, size) for tier in (Tier.TRUNCATED, Tier.FULL) for size in few]
+    greedy = rows if len(rows) <= 2 else rows[-1:]
+    keys = [SampleKey(Tier.GREEDY, K, size) for size in greedy] + [SampleKey(Tier.PLAIN, K, size) for size in rows]
+    keys += [SampleKey(tier, K, size) for tier in (Tier.TRUNCATED, Tier.SCORED, Tier.FULL) for size in few]
     if K:  # a step without drafts takes the verifier where rows are few: the LM head costs the same there
         keys += [SampleKey(Tier.PLAIN, 0, size) for size in rows[-2:]]
     return tuple(sorted(keys, key=lambda key: key.cost))
 
 
 def propose_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
-    """A draft model's executables, cheapest first; tier FULL stands in for TRUNCATED."""
+    """A draft model's executables, cheapest first; tier FULL stands in for TRUNCATED and SCORED."""
     rows, K = config.row_buckets, config.max_drafts
     keys = [SampleKey(tier, K, size) for tier in (Tier.GREEDY, Tier.PLAIN) for size in rows]
     return tuple(sorted([*keys, SampleKey(Tier.FULL, K, rows[-1])], key=lambda key: key.cost))

@@ -151,7 +151,7 @@ class Runner:
         """
         num_tokens = num_rows = 0
         for plan in plans:
-            if plan.admissions or not plan.samples.all() or self._tiers[plan.slots].max() > Tier.PLAIN:
+            if plan.admissions or not plan.samples.all() or not Tier.PLAIN.covers(self._tier(plan.slots)):
                 return None
             if any(choice.needs_prompt_logprobs for choice in plan.choices):
                 return None
@@ -186,11 +186,11 @@ class Runner:
         forward = executables.forward[pick_forward(self.config.token_buckets, plan.num_tokens, num_rows)]
         self._kv, self._scratch = forward(self._trunk, self._kv, self._slots, self._scratch)
         windows = tuple(self._prompt_windows(plan))
-        tier = Tier(int(self._tiers[plan.slots].max()))
+        tier = self._tier(plan.slots)
         key = next(key for key in executables.sample if key.serves(tier, drafts, num_rows))
         self._slots, words = executables.sample[key](self._head, self._slots, self._scratch)
         words.copy_to_host_async()
-        return Dispatched(plan, words, (), key.num_drafts, key.tier >= Tier.FULL, windows)
+        return Dispatched(plan, words, (), key.num_drafts, key.tier.covers(Tier.SCORED), windows)
 
     def fetch(self, step: Dispatched) -> StepResult:
         """Waits for a step and returns its result."""
@@ -214,11 +214,15 @@ class Runner:
             raise RuntimeError("the runner wasn't started")
         return self.executables
 
+    def _tier(self, slots: np.ndarray) -> Tier:  # int32[R]
+        """What the choices in these slots need together."""
+        return Tier(int(np.bitwise_or.reduce(self._tiers[slots])))
+
     def _propose(self, plan: StepPlan, drafter: DraftModel) -> None:
         """Fills the staged drafts. Rows past the last that drafts are left out: prefill chunks come last."""
         executables = self._started()
         num_rows = int(np.flatnonzero(plan.num_drafts)[-1]) + 1
-        tier = Tier(int(self._tiers[plan.slots[:num_rows]].max()))
+        tier = self._tier(plan.slots[:num_rows])
         key = next(key for key in executables.propose if key.serves(tier, self.config.max_drafts, num_rows))
         self._run_proposer(executables.propose[key], drafter)
 

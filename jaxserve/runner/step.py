@@ -199,7 +199,7 @@ def burst(
 ) -> tuple[tuple[tuple[KVPool, ...], ...], SlotState, Scratch, jax.Array]:
     """N steps, one after the other, each as ``stage``, ``forward`` and ``sample`` make it.
 
-    ``tier`` is below FULL: nobody wants logprobs.
+    ``tier`` doesn't cover SCORED: nobody wants logprobs.
 
     Returns:
         KV pools, slots, scratch, and the steps' results int32[N, R, 3 + K].

@@ -39,22 +39,22 @@ def sample(
         rows: from ``rows.make_rows``: which choice and which position of it each row is.
         tier: what is compiled in; a row gives the same token in every tier that honours its settings.
         vocab_size: ids from here to Vp are padding and never sampled.
-        max_logprobs: C of the returned log-probabilities; they come in tier FULL only, else None.
+        max_logprobs: C of the returned log-probabilities; they come in tiers that cover SCORED, else None.
         token_mask: ids a grammar allows, in any tier.
     """
     logits = processors.mask_padding(logits.astype(jnp.float32), vocab_size)
     raw = logits
     if token_mask is not None:
         logits = processors.apply_token_mask(logits, token_mask)
-    if tier >= Tier.FULL:
+    if tier.covers(Tier.SCORED):
         logits = processors.process(logits, rows, state)
-    if tier >= Tier.TRUNCATED:
+    if tier.covers(Tier.TRUNCATED):
         slots = rows.slots
         logits = truncate(logits, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.min_p[slots])
-    if tier >= Tier.PLAIN:
+    if tier.covers(Tier.PLAIN):
         noise = gumbel(state.key[rows.slots], rows.output_index, logits.shape[1])
         logits = logits + state.temperature[rows.slots][:, None] * noise
     token_ids = jnp.argmax(logits, axis=1).astype(jnp.int32)
-    if tier < Tier.FULL:
+    if not tier.covers(Tier.SCORED):
         return token_ids, None
     return token_ids, logprobs.compute(raw, token_ids, max_logprobs)

@@ -8,20 +8,25 @@ from jaxserve.sampling_params import SamplingParams
 
 
 class Tier(IntEnum):
-    """Static, hashable and ordered: each tier does what the one below it does, so a step takes the max of its rows.
+    """Static and hashable. A tier is a set of parts, one bit each; argmax is in all of them.
 
-    A row gives the same token in every tier that is high enough for it.
+    A step needs the parts of all its rows, which is the bitwise or of their tiers. A row gives the same token in every
+    tier that covers its own.
     """
 
-    GREEDY = 0  # argmax
-    PLAIN = 1  # + temperature and Gumbel noise
-    TRUNCATED = 2  # + min_p, top_k, top_p
-    FULL = 3  # + masks, bad words, min_tokens, bias, penalties, logprobs
+    GREEDY = 0
+    PLAIN = 1  # temperature and Gumbel noise
+    TRUNCATED = 2 | PLAIN  # min_p, top_k, top_p
+    SCORED = 4 | PLAIN  # masks, bad words, min_tokens, bias, penalties, logprobs
+    FULL = TRUNCATED | SCORED
+
+    def covers(self, other: Tier) -> bool:
+        return self & other == other
 
 
 def tier_for(params: SamplingParams) -> Tier:
-    """The lowest tier that honours ``params``."""
-    needs_full = (
+    """The smallest tier that honours ``params``."""
+    scored = (
         params.logprobs is not None
         or params.min_tokens > 0
         or bool(params.logit_bias)
@@ -31,10 +36,8 @@ def tier_for(params: SamplingParams) -> Tier:
         or params.frequency_penalty != 0.0
         or params.repetition_penalty != 1.0
     )
-    if needs_full:
-        return Tier.FULL
     if params.greedy:  # truncation never removes the most likely id
-        return Tier.GREEDY
+        return Tier.SCORED if scored else Tier.GREEDY
     if params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0:
-        return Tier.TRUNCATED
-    return Tier.PLAIN
+        return Tier.FULL if scored else Tier.TRUNCATED
+    return Tier.SCORED if scored else Tier.PLAIN

@@ -8,7 +8,7 @@ import pytest
 from tiny_engines import GREEDY, Tiny, generate, ids
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.runner import executables
+from jaxserve.runner import compiler
 
 EOS = 2
 LETTERS = [*range(97, 123)]
@@ -104,7 +104,7 @@ def test_prompt_logprobs_are_those_of_transformers(tiny, oracle, scheduler):
 
 def test_prompt_logprobs_of_chunks_longer_than_one_call_scores(monkeypatch, byte_tokenizer_path, oracle):
     """The LM head runs over seven tokens at a time; a step brings up to 80."""
-    monkeypatch.setattr(executables, "PROMPT_SCORE_TOKENS", 7)
+    monkeypatch.setattr(compiler, "PROMPT_SCORE_TOKENS", 7)
     engine = Tiny("llama", byte_tokenizer_path, max_num_seqs=2)
     prompts = [np.random.default_rng(n).integers(3, 131, n).tolist() for n in (60, 36, 8)]
     with engine.llm() as llm:

@@ -133,10 +133,10 @@ def test_every_tier_gives_the_same_token_where_it_suffices():
     greedy = [Case(SamplingParams(temperature=0.0, top_k=k), [1], [2]) for k in (0, 1, 5)]
     cases = greedy + plain + truncated
     logits = logits_for(len(cases))
-    by_tier = [np.asarray(run_cases(cases, logits, tier=tier)[0]) for tier in Tier]
+    by_tier = {tier: np.asarray(run_cases(cases, logits, tier=tier)[0]) for tier in Tier}
     for c, case in enumerate(cases):
         needed = tier_for(case.params)
-        assert len({int(by_tier[tier][c]) for tier in Tier if tier >= needed}) == 1
+        assert len({int(by_tier[tier][c]) for tier in by_tier if tier.covers(needed)}) == 1
     np.testing.assert_array_equal(by_tier[Tier.FULL][:3], logits[:3].argmax(axis=1))
 
 
@@ -149,14 +149,16 @@ def test_every_tier_gives_the_same_token_where_it_suffices():
         (SamplingParams(top_k=3), Tier.TRUNCATED),
         (SamplingParams(top_p=0.99), Tier.TRUNCATED),
         (SamplingParams(min_p=0.1), Tier.TRUNCATED),
-        (SamplingParams(temperature=0.0, logprobs=0), Tier.FULL),
-        (SamplingParams(temperature=0.0, min_tokens=1), Tier.FULL),
-        (SamplingParams(logit_bias={1: 1.0}), Tier.FULL),
-        (SamplingParams(allowed_token_ids=[1]), Tier.FULL),
-        (SamplingParams(bad_words=["a"]), Tier.FULL),
-        (SamplingParams(presence_penalty=0.1), Tier.FULL),
-        (SamplingParams(frequency_penalty=0.1), Tier.FULL),
-        (SamplingParams(repetition_penalty=1.1), Tier.FULL),
+        (SamplingParams(temperature=0.0, logprobs=0), Tier.SCORED),
+        (SamplingParams(temperature=0.0, min_tokens=1, top_k=2), Tier.SCORED),
+        (SamplingParams(logit_bias={1: 1.0}), Tier.SCORED),
+        (SamplingParams(allowed_token_ids=[1]), Tier.SCORED),
+        (SamplingParams(bad_words=["a"]), Tier.SCORED),
+        (SamplingParams(presence_penalty=0.1), Tier.SCORED),
+        (SamplingParams(frequency_penalty=0.1), Tier.SCORED),
+        (SamplingParams(repetition_penalty=1.1), Tier.SCORED),
+        (SamplingParams(repetition_penalty=1.1, top_p=0.9), Tier.FULL),
+        (SamplingParams(logprobs=3, min_p=0.1), Tier.FULL),
     ],
 )
 def test_tier_for(params, tier):
