@@ -29,13 +29,23 @@ class SampleKey:
 def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
     """The sampling executables, cheapest first. The rarer ones come in few sizes; a step takes the next that serves.
 
-    Where there are many sizes (on accelerators) a greedy step of fewer rows takes PLAIN: noise is cheap there.
+    Where there are many sizes (on accelerators) a greedy step of fewer rows takes PLAIN: noise is cheap there. All
+    sizes of the other tiers are sizes of PLAIN, so that plain rows never pay for processors.
     """
     rows, K = config.row_buckets, config.max_drafts
-    few = (rows[0], rows[-1]) if len(rows) > 1 and not K else (rows[-1],)
-    greedy = rows if len(rows) <= 2 else rows[-1:]
-    keys = [SampleKey(Tier.GREEDY, K, size) for size in greedy] + [SampleKey(Tier.PLAIN, K, size) for size in rows]
-    keys += [SampleKey(tier, K, size) for tier in (Tier.TRUNCATED, Tier.SCORED, Tier.FULL) for size in few]
+    ends, last = tuple(dict.fromkeys((rows[0], rows[-1]))), rows[-1:]
+    if len(rows) <= 3:
+        rare = last if K else ends
+        sizes = {Tier.GREEDY: rows, Tier.PLAIN: rows, Tier.TRUNCATED: rare, Tier.SCORED: rare, Tier.FULL: rare}
+    else:
+        middle = rows[len(rows) // 2]
+        sizes = {Tier.GREEDY: last, Tier.PLAIN: (rows[0], *rows[2:])}
+        if K:
+            sizes |= {Tier.TRUNCATED: ends, Tier.SCORED: last, Tier.FULL: ends}
+        else:
+            sizes |= {Tier.TRUNCATED: (rows[0], middle, rows[-1]), Tier.SCORED: (middle, rows[-1])}
+            sizes[Tier.FULL] = sizes[Tier.SCORED]
+    keys = [SampleKey(tier, K, size) for tier, some in sizes.items() for size in some]
     if K:  # a step without drafts takes the verifier where rows are few: the LM head costs the same there
         keys += [SampleKey(Tier.PLAIN, 0, size) for size in rows[-2:]]
     return tuple(sorted(keys, key=lambda key: key.cost))
