@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -12,6 +14,9 @@ from tqdm import tqdm
 from jaxserve.runner.compiler import Compiler, Task
 from jaxserve.runner.executable_cache import ExecutableCache
 from jaxserve.runner.executables import Executables, SampleKey, propose_keys, sample_keys, temp_bytes
+from jaxserve.runner.jax_cache import ApartFromJaxCache
+
+logger = logging.getLogger("jaxserve")
 
 
 def measure_temp(task: Task, cache: ExecutableCache | None) -> int:
@@ -35,6 +40,7 @@ def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: 
     clock = time.perf_counter
     hidden = None if progress is None else not progress
     with (
+        ApartFromJaxCache() if cache is not None else contextlib.nullcontext() as apart,
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(tasks), desc="Compiling", unit="exe", disable=hidden) as bar,
     ):
@@ -51,7 +57,7 @@ def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: 
                 before = clock()
                 lowered = task.lower()
                 seconds["trace"] += clock() - before
-                futures[pool.submit(_compile, task, lowered, cache)] = name
+                futures[pool.submit(_compile, task, lowered, cache, apart)] = name
         for future in as_completed(futures):
             done[futures[future]] = future.result()
             bar.update()
@@ -86,8 +92,12 @@ def _tasks(compiler: Compiler) -> tuple[dict[Any, Task], tuple[SampleKey, ...]]:
     return tasks, proposals
 
 
-def _compile(task: Task, lowered: Any, cache: ExecutableCache | None) -> Any:
-    compiled = lowered.compile()
-    if cache is not None:
+def _compile(task: Task, lowered: Any, cache: ExecutableCache | None, apart: ApartFromJaxCache | None) -> Any:
+    if cache is None or apart is None:
+        return lowered.compile()
+    compiled, may_be_written = apart.compile(lowered)
+    if may_be_written:
         cache.store(task, compiled)
+    else:
+        logger.info("%s is in JAX's own cache, so it isn't kept as a whole executable", task.name)
     return compiled

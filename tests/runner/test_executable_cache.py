@@ -1,20 +1,22 @@
 """Executables that come from disk are those that were compiled, and only for what they were compiled for."""
 
 import dataclasses
-import logging
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxserve import LLM
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine.build import build_engine
-from jaxserve.runner.compile import measure_temp
+from jaxserve.runner.compile import _compile, measure_temp
 from jaxserve.runner.executable_cache import ExecutableCache
 from jaxserve.runner.executables import sample_keys
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.runner.jax_cache import ApartFromJaxCache
 
 MODEL = str(Path(__file__).parents[1] / "engine" / "tiny_dummy.toml")
 SMALL = {
@@ -29,41 +31,73 @@ SMALL = {
 }
 
 
-def start(directory, **settings):
-    return build_engine(
-        EngineConfig(model=MODEL, compilation_cache_dir=str(directory), **SMALL, **settings), progress=False
-    )
+# In a process of its own: JAX's cache, which the tests share, is another there.
+THREE_STARTS = """
+import json, logging, pathlib, sys
+from jaxserve import LLM, SamplingParams
+from jaxserve.config import Limits
+
+settings, directory = json.loads(sys.argv[1]), sys.argv[2]
+settings["limits"] = Limits(**settings["limits"])
+params = SamplingParams(max_tokens=9, temperature=0.7, seed=5, logprobs=1, detokenize=False)
+warnings, told = [], []
+logging.getLogger("jaxserve").addHandler(handler := logging.Handler(logging.WARNING))
+handler.emit = lambda record: warnings.append(record.getMessage())
+damaged = []
+for number in range(3):
+    if number == 2:
+        damaged = sorted(pathlib.Path(directory).glob("jaxserve/sample_full*.executable"))
+        for path in damaged:
+            path.write_bytes(path.read_bytes()[:100])
+    with LLM(**settings, compilation_cache_dir=directory, steps_per_dispatch=2) as llm:
+        executables = llm.engine.core.runner.executables
+        (output,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+        (plain,) = llm.generate([[5, 6, 7]], params.with_changes(logprobs=None), use_tqdm=False)  # goes by bursts
+        told.append({
+            "read": executables.num_from_cache, "all": executables.num_executables,
+            "trace": executables.seconds["trace"], "ids": [output.outputs[0].token_ids, plain.outputs[0].token_ids],
+            "logprob": output.outputs[0].cumulative_logprob,
+        })
+print(json.dumps({"told": told, "warnings": warnings, "damaged": [str(path) for path in damaged]}))
+"""
 
 
-@pytest.fixture
-def no_jax_cache():
-    """The engine points JAX's own cache at its directory: back to where the tests have it."""
-    before = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_a_second_start_compiles_nothing_and_answers_the_same(tmp_path, no_jax_cache, caplog):
-    answers, counts = [], []
-    params = SamplingParams(max_tokens=9, temperature=0.7, seed=5, logprobs=1, detokenize=False)
-    for _ in range(2):
-        with LLM.from_engine(start(tmp_path, steps_per_dispatch=2)) as llm:
-            executables = llm.engine.core.runner.executables
-            counts.append((executables.num_from_cache, executables.num_executables))
-            (output,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
-            answers.append((output.outputs[0].token_ids, output.outputs[0].cumulative_logprob))
-    assert counts == [(0, counts[0][1]), (counts[0][1], counts[0][1])]
-    assert executables.seconds["trace"] == 0
-    assert answers[0] == answers[1]
-
+def test_a_second_start_compiles_nothing_and_answers_the_same(tmp_path):
+    settings = {"model": MODEL, **SMALL, "limits": vars(SMALL["limits"])}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    run = subprocess.run(
+        [sys.executable, "-c", THREE_STARTS, json.dumps(settings), str(tmp_path)],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    answer = json.loads(run.stdout.splitlines()[-1])
+    cold, warm, mended = answer["told"]
+    assert (cold["read"], warm["read"]) == (0, cold["all"])
+    assert warm["trace"] == 0 < cold["trace"]
+    assert (cold["ids"], cold["logprob"]) == (warm["ids"], warm["logprob"]) == (mended["ids"], mended["logprob"])
+    assert cold["ids"][0] == cold["ids"][1]
     # A damaged file is said, and made anew.
-    damaged = sorted((tmp_path / "jaxserve").glob("sample_full*.executable"))
-    for path in damaged:
-        path.write_bytes(path.read_bytes()[:100])
-    with caplog.at_level(logging.WARNING, logger="jaxserve"):
-        engine = start(tmp_path, steps_per_dispatch=2)
-    assert [r.getMessage() for r in caplog.records if str(damaged[0]) in r.getMessage()]
-    assert engine.core.runner.executables.num_from_cache == counts[0][1] - len(damaged)
+    assert 0 < len(answer["damaged"]) == cold["all"] - mended["read"]
+    assert all(any(path in warning for warning in answer["warnings"]) for path in answer["damaged"])
+
+
+def test_what_jax_read_from_its_cache_is_not_written(tmp_path, compiler):
+    """XLA:CPU can't run what was read and written again."""
+    task, cache = compiler.stage(), ExecutableCache.of(str(tmp_path), compiler)
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    lowered = task.lower()
+
+    class Hit:
+        def compile(self):
+            jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
+            return lowered.compile()
+
+    with ApartFromJaxCache() as apart:
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == float("inf")
+        assert not apart.compile(Hit())[1]
+        _compile(task, Hit(), cache, apart)
+    assert cache.load(task) is None
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == before
 
 
 @pytest.fixture(scope="module")
