@@ -73,8 +73,8 @@ $(PACKAGE): pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
-	@echo "Installing jaxserve and what its tests need into $(VENV)"
-	@$(INSTALL) --editable ".[dev]"
+	@echo "Installing jaxserve and what its tests need into $(VENV), with jax 0.11"
+	@$(INSTALL) --editable ".[dev]" "jax<0.12"
 	@touch $@
 
 $(DEV_012): pyproject.toml | $(VENV_012)/bin/python

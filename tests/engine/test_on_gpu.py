@@ -162,7 +162,8 @@ def test_float32_is_float32(subject: Subject, scorer: GetScorer, record_property
     products = re.findall(r"stablehlo\.dot_general.*", exact.lowered())
     assert len(products) > 2 * 5
     assert all("precision = [HIGHEST, HIGHEST]" in product for product in products)
-    record_property("largest_logit_error", check_float32_logits(score(exact, subject.cases, 16), subject.cases))
+    error = check_float32_logits(score(exact, subject.cases, 16), subject.cases)
+    record_property("largest_logit_error", float(error))
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal(shape, np.float32) for shape in ((64, 512), (512, 96)))
     error = np.abs(jax.jit(lambda x, y: einsum("te,ef->tf", x, y))(x, y) - x.astype(np.float64) @ y.astype(np.float64))
@@ -191,7 +192,7 @@ def test_bfloat16_agrees_where_the_lead_is_clear(subject: Subject, scorer: GetSc
     errors = np.concatenate([np.abs(one - other).ravel() for one, other in zip(ours, exact, strict=True)])
     figures = {"agree": f"{agree}/{total}", "largest_logit_error": errors.max(), "mean_logit_error": errors.mean()}
     for name, value in figures.items():
-        record_property(name, value)
+        record_property(name, str(value))
     print(figures)
     assert sum(int((case.margins > subject.clear).sum()) for case in subject.cases) > total // 2
     assert clear_disagreements(ours, subject.cases, subject.clear) == []
@@ -261,7 +262,7 @@ def test_the_kernel_errs_no_more_than_xla(record_property: Any) -> None:
     model = RandomModel(CONFIGS / "qwen3-0.6b.toml", 4, 64, [(150, 8), (40, 30), (130, 1), (64, 12)])
     exact, xla = model.logits("float32", "xla", 64), model.logits("bfloat16", "xla", 64)
     for name, value in check_as_near_as_xla(exact, xla, model.logits("bfloat16", "pallas_gpu", 64)).items():
-        record_property(name, value)
+        record_property(name, str(value))
 
 
 def test_so_it_is_judged() -> None:
