@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine.core import EngineCore
+from jaxserve.engine.describe import describe
 from jaxserve.engine.design import design
 from jaxserve.engine.drafter import load_drafter, open_drafter
 from jaxserve.errors import ConfigError
@@ -36,11 +36,10 @@ from jaxserve.runner.runner import Runner
 from jaxserve.scheduler.adaptive import AdaptiveDrafts
 from jaxserve.scheduler.config import SchedulerConfig
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_params
 from jaxserve.weights.quantize import abstract_params, bytes_on_a_device
 from jaxserve.weights.tokenizer import eos_token_ids, load_tokenizer
-from pallas_kernels.ragged_paged_attention.api import Selection
 
 logger = logging.getLogger("jaxserve")
 
@@ -111,7 +110,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     planned = time.perf_counter()
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
-    runner.start(cache_dir=config.compilation_cache_dir, progress=progress)
+    executables = runner.start(cache_dir=config.compilation_cache_dir, progress=progress)
     scheduler = Scheduler(_scheduler_config(config, runner_config, _adaptive(config, platform, drafter)))
     core = EngineCore(
         scheduler,
@@ -123,7 +122,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     seconds = {
         "load": loaded - began,
         "plan memory": planned - loaded,
-        **_known(runner.executables).seconds,
+        **executables.seconds,
         "total": time.perf_counter() - began,
     }
     engine = Engine(
@@ -135,7 +134,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         sampling_defaults=checkpoint.sampling_defaults,
         max_model_len=_known(config.max_model_len),
         limits=config.limits,
-        info=_info(config, checkpoint, eos, mesh, selection, memory, runner, seconds),
+        info=describe(config, checkpoint, eos, mesh, selection, memory, runner.config, executables, seconds),
     )
     logger.info("%s; %s", selection.explanation, memory.describe()["kv cache"])
     return engine
@@ -294,58 +293,6 @@ def _adaptive(config: EngineConfig, platform: str, drafter: DraftModel | None) -
         # Where weights are read, not computed with, bytes are time. A CPU widens packed weights first.
         cost += 1.0 if platform == "cpu" and config.speculative_config.quantization else drafter.share
     return AdaptiveDrafts(token_cost=cost)
-
-
-def _info(
-    config: EngineConfig,
-    checkpoint: Checkpoint,
-    eos: tuple[int, ...],
-    mesh: Mesh,
-    selection: Selection,
-    memory: MemoryPlan,
-    runner: Runner,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    devices = mesh.devices.flat
-    return {
-        "model": f"{checkpoint.path} ({checkpoint.config.architecture}, {checkpoint.load_format})",
-        "device": f"{len(devices)} x {devices[0].device_kind}",
-        "dtype": f"{jnp.dtype(config.dtype).name}, KV {config.kv_cache_dtype}",
-        "quantization": config.quantization or "none",
-        "attention": selection.implementation,
-        "attention choice": selection.explanation,
-        "memory": memory.describe(),
-        "max_model_len": config.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-        "block_size": config.block_size,
-        "steps per dispatch": _describe_bursts(runner.config),
-        "drafts": _describe_drafts(config),
-        "executables": _known(runner.executables).num_executables,
-        "executables from the cache": _known(runner.executables).num_from_cache,
-        "executables of the draft model": len(_known(runner.executables).propose),
-        "start-up seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "EOS token ids": list(eos),
-        "generation defaults": dict(checkpoint.sampling_defaults) or "SamplingParams()",
-    }
-
-
-def _describe_bursts(config: RunnerConfig) -> str:
-    if not config.burst_buckets:
-        return "1"
-    return f"{config.burst_len} where at most {config.burst_buckets[-1][1]} requests run, else 1"
-
-
-def _describe_drafts(config: EngineConfig) -> str:
-    drafts = config.speculative_config
-    if drafts is None:
-        return "none"
-    if drafts.method == "ngram":
-        what = f"looked up after {drafts.prompt_lookup_max}..{drafts.prompt_lookup_min} equal tokens"
-    else:
-        kind = f", {drafts.quantization}" if drafts.quantization else ""
-        what = f"of {drafts.model or 'a copy of the model'}{kind}"
-    return f"up to {drafts.num_speculative_tokens}, {what}{', adaptive' if drafts.adaptive else ''}"
 
 
 def _known[T](value: T | None) -> T:

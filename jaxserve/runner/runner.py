@@ -90,7 +90,7 @@ class Runner:
         self._params = params
         self.executables: Executables | None = None
 
-    def start(self, *, cache_dir: str | None = None, progress: bool | None = False) -> None:
+    def start(self, *, cache_dir: str | None = None, progress: bool | None = False) -> Executables:
         """Allocates the state, compiles the closed set or reads it from ``cache_dir``, and runs all of it.
 
         ``progress`` shows a bar; None: on a terminal.
@@ -109,6 +109,7 @@ class Runner:
         self.executables = executables
         self._warm_up(executables)
         executables.seconds["first runs"] = time.perf_counter() - before
+        return executables
 
     def compiler(self) -> Compiler:
         """What ``start`` compiles with; nothing is allocated."""
@@ -128,7 +129,7 @@ class Runner:
 
     def takes_another(self, plans: Sequence[StepPlan]) -> bool:
         """Whether one more plan, if it is of their kind, can go to the device in the same call as these."""
-        return len(plans) < self.config.burst_len and all(self._burst_bucket([plan]) is not None for plan in plans[-1:])
+        return len(plans) < self.config.burst_len and self._burst_bucket(plans[-1:]) is not None
 
     def dispatch(self, plans: Sequence[StepPlan]) -> list[Dispatched]:
         """Sends consecutive steps to the device, as one burst if there is one for them; doesn't wait.

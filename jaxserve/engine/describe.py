@@ -1,0 +1,69 @@
+"""What an engine says of itself to people: ``jaxserve info``, and ``Engine.info``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxserve.config import EngineConfig
+from jaxserve.runner.config import RunnerConfig
+from jaxserve.runner.executables import Executables
+from jaxserve.runner.memory import MemoryPlan
+from jaxserve.weights.checkpoint import Checkpoint
+from pallas_kernels.ragged_paged_attention.api import Selection
+
+
+def describe(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    eos: tuple[int, ...],
+    mesh: Mesh,
+    selection: Selection,
+    memory: MemoryPlan,
+    runner: RunnerConfig,
+    executables: Executables,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Name -> value of what was chosen and found; ``config`` has every None resolved, ``seconds`` are start-up's."""
+    devices = mesh.devices.flat
+    return {
+        "model": f"{checkpoint.path} ({checkpoint.config.architecture}, {checkpoint.load_format})",
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "dtype": f"{jnp.dtype(config.dtype).name}, KV {config.kv_cache_dtype}",
+        "quantization": config.quantization or "none",
+        "attention": selection.implementation,
+        "attention choice": selection.explanation,
+        "memory": memory.describe(),
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "block_size": config.block_size,
+        "steps per dispatch": _bursts(runner),
+        "drafts": _drafts(config),
+        "executables": executables.num_executables,
+        "executables from the cache": executables.num_from_cache,
+        "executables of the draft model": len(executables.propose),
+        "start-up seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "EOS token ids": list(eos),
+        "generation defaults": dict(checkpoint.sampling_defaults) or "SamplingParams()",
+    }
+
+
+def _bursts(config: RunnerConfig) -> str:
+    if not config.burst_buckets:
+        return "1"
+    return f"{config.burst_len} where at most {config.burst_buckets[-1][1]} requests run, else 1"
+
+
+def _drafts(config: EngineConfig) -> str:
+    drafts = config.speculative_config
+    if drafts is None:
+        return "none"
+    if drafts.method == "ngram":
+        what = f"looked up after {drafts.prompt_lookup_max}..{drafts.prompt_lookup_min} equal tokens"
+    else:
+        kind = f", {drafts.quantization}" if drafts.quantization else ""
+        what = f"of {drafts.model or 'a copy of the model'}{kind}"
+    return f"up to {drafts.num_speculative_tokens}, {what}{', adaptive' if drafts.adaptive else ''}"
