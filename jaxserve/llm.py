@@ -81,7 +81,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
-        use_tqdm: bool | None = None,
+        use_tqdm: bool = True,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Generates for all prompts, batched as the engine sees fit; returns when the last is done.
@@ -90,7 +90,7 @@ class LLM:
             prompts: one prompt or many: strings, lists of token ids, or dicts with ``prompt`` or ``prompt_token_ids``
                 (and ``cache_salt``).
             sampling_params: for all prompts, or one for each; None takes the model's generation_config.
-            use_tqdm: shows a progress bar on stderr; None: where that is a terminal.
+            use_tqdm: shows a progress bar on stderr.
             priority: for all prompts, or one for each; lower runs first (``scheduling_policy="priority"``).
 
         Returns:
@@ -107,7 +107,7 @@ class LLM:
         messages: Conversation | Sequence[Conversation],
         sampling_params: Params = None,
         *,
-        use_tqdm: bool | None = None,
+        use_tqdm: bool = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -200,12 +200,11 @@ class LLM:
     def _admit(self, checked: Sequence[CheckedRequest]) -> list[Request]:
         return [self._builder.admit(request) for request in checked]
 
-    def _run(self, checked: list[CheckedRequest], use_tqdm: bool | None) -> list[RequestOutput]:
+    def _run(self, checked: list[CheckedRequest], use_tqdm: bool) -> list[RequestOutput]:
         from tqdm.auto import tqdm
 
         requests = self._admit(checked)
-        disable = None if use_tqdm is None else not use_tqdm
-        bar = tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=disable)
+        bar = tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=not use_tqdm)
         with bar, Submission(self.engine.core, self._codec, requests) as submission:
             submission.submit()
             for collector in submission.updates():
