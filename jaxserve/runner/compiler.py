@@ -50,10 +50,8 @@ class Task:
             return self.function(*args)
 
         call.__name__ = call.__qualname__ = self.name
-        # An argument that is only overwritten must not be dropped: its buffer is what the output goes to, so that
-        # addresses, and with them the recorded graphs, stay as they are.
-        jitted = jax.jit(call, donate_argnums=self.donate, out_shardings=self.out, keep_unused=True)
-        return jitted.lower(*self.args)
+        # Not with keep_unused: JAX 0.11 then never frees what was traced, nor what is compiled from it.
+        return jax.jit(call, donate_argnums=self.donate, out_shardings=self.out).lower(*self.args)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def stage(
         widths = widths.at[:R].add(num_found - num_drafts[:R])
         num_drafts = jax.lax.dynamic_update_slice(num_drafts, num_found, (0,))
     table = slots.block_table.at[0, updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
-    plan = StagedPlan(row_slots, widths, num_drafts, drafts, samples > 0)
+    plan = _overwrite(slots.plan, StagedPlan(row_slots, widths, num_drafts, drafts, samples > 0))
     return replace(slots, block_table=table, plan=plan)
 
 
@@ -125,10 +125,7 @@ def forward(
     # The sampler's positions are the last 1 + num_drafts of each row.
     first = layout.ends - 1 - slots.plan.num_drafts[:R]
     wanted = jnp.clip(first[:, None] + jnp.arange(K + 1), 0, T - 1)  # [R, K+1]
-    return tuple(pools), Scratch(
-        sampled=jax.lax.dynamic_update_slice(scratch.sampled, hidden[0][wanted], (0, 0, 0)),
-        tokens=jax.lax.dynamic_update_slice(scratch.tokens, hidden[0], (0, 0)),
-    )
+    return tuple(pools), _overwrite(scratch, Scratch(sampled=hidden[0][wanted], tokens=hidden[0]))
 
 
 def sample(
@@ -239,6 +236,15 @@ def burst(
         return kv, slots, scratch, words.at[index].set(result)
 
     return jax.lax.fori_loop(0, num_steps, one, (kv, slots, scratch, words))
+
+
+def _overwrite[T](old: T, new: T) -> T:
+    """The start of each array of ``old``, or all of it, replaced by ``new``'s.
+
+    So ``old`` is an argument that is read, which JAX doesn't drop, and its donated buffer is where the result goes:
+    addresses, and with them the recorded graphs, stay as they are.
+    """
+    return jax.tree.map(lambda into, what: jax.lax.dynamic_update_slice(into, what, (0,) * into.ndim), old, new)
 
 
 def prompt_scores(

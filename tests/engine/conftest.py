@@ -21,7 +21,7 @@ def byte_tokenizer_path(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny(byte_tokenizer_path):
     """``tiny(name, **EngineConfig settings)``: an engine of a tiny model, built the first time it is asked for."""
     from tiny_engines import Tiny
