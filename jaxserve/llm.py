@@ -133,7 +133,9 @@ class LLM:
         ]
         return self._run(self._check(prompts, sampling_params, priority), use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0) -> Stream:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int | None = None
+    ) -> Stream:
         """Generates for one prompt; iterating over the result yields deltas as they come.
 
         Raises:
@@ -154,7 +156,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        priority: int = 0,
+        priority: int | None = None,
     ) -> Stream:
         """``stream`` for one conversation; the arguments are those of ``chat``."""
         prompt = self._render(
@@ -191,8 +193,8 @@ class LLM:
     def _check(
         self, prompts: list[ParsedPrompt], params: Params, priority: int | Sequence[int] | None
     ) -> list[CheckedRequest]:
-        params_list = _one_each("sampling_params", params, SamplingParams, len(prompts))
-        priorities = _one_each("priority", priority, int, len(prompts))
+        params_list = _one_each("sampling_params", params, len(prompts))
+        priorities = _one_each("priority", priority, len(prompts))
         self.engine.core.check_health()
         each = zip(prompts, params_list, priorities, strict=True)
         return [self._builder.check(prompt, p, rank) for prompt, p, rank in each]
@@ -257,14 +259,10 @@ class Stream:
         self.close()
 
 
-def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
-    """``value`` for each of ``count`` prompts; a list must have one entry a prompt."""
-    if value is None or isinstance(value, kind):
-        return [value] * count
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    """``value`` for each of ``count`` prompts; a list must have one entry a prompt. The builder checks the entries."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise InvalidRequestError(
-            f"{name} is a {type(value).__name__}; allowed: {kind.__name__}, or a list with one a prompt"
-        )
+        return [value] * count
     if len(value) != count:
         raise InvalidRequestError(
             f"{name} has {len(value)} entries for {count} prompts; allowed: one for all, or one for each prompt"

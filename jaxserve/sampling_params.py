@@ -6,15 +6,18 @@ on the model) with an error that names field, value and allowed range.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+import numbers
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.vllm_arguments import SAMPLING_NEUTRAL, accept_neutral
 
 MAX_SEED = 2**63 - 1
+PRIORITIES = -(2**31), 2**31 - 1  # lowest and highest value
+_BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +32,49 @@ class RepetitionDetection:
     min_count: int = 8
 
 
+class LogitBias(Mapping[int, float]):
+    """A read-only mapping from token ids to biases: equal to a dict with the same entries, hashable and picklable."""
+
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Mapping[int, float]):
+        self._entries = dict(entries)
+
+    def __getitem__(self, token_id: int) -> float:
+        return self._entries[token_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._entries.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
+
+
+def _explain_assignment[T](cls: type[T]) -> type[T]:
+    """Decorates a frozen dataclass: assigning to a field says how to get a changed copy. vLLM's can be assigned to."""
+
+    def refuse(self: T, name: str, *_: Any) -> None:
+        raise FrozenInstanceError(
+            f"{cls.__name__} is immutable; instead of changing {name!r}, make a changed copy: "
+            f"params = params.with_changes({name}=...)"
+        )
+
+    setattr(cls, "__setattr__", refuse)  # noqa: B010
+    setattr(cls, "__delattr__", refuse)  # noqa: B010
+    return cls
+
+
+@_explain_assignment
 @accept_neutral(SAMPLING_NEUTRAL, InvalidRequestError)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Settings of one request. Immutable; ``dataclasses.replace`` makes a changed copy.
+    """Settings of one request. Immutable and hashable; ``with_changes`` makes a changed copy.
 
     vLLM's other arguments are accepted where they ask for nothing (``vllm_arguments.py``), else refused.
 
@@ -69,7 +111,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
+        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, "a string, "))
         for name in ("stop_token_ids", "bad_words"):
             put(self, name, _tuple(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
@@ -78,16 +120,19 @@ class SamplingParams:
             put(self, "logit_bias", _bias(self.logit_bias))
         if isinstance(self.repetition_detection, Mapping):
             put(self, "repetition_detection", _repetition(self.repetition_detection))
-        if self.top_k == -1:
-            put(self, "top_k", 0)
         self._check_numbers()
         self._check_lists()
+        for name in _BOOLEANS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} is {value!r}; allowed: True, False")
 
     def _check_numbers(self) -> None:
         _integer(self, "n", 1, 1024)
         _number(self, "temperature", 0.0, 1e6)
         _number(self, "top_p", 0.0, 1.0, low_open=True)
-        _integer(self, "top_k", 0, 2**31 - 1)
+        _integer(self, "top_k", -1, 2**31 - 1)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         _number(self, "min_p", 0.0, 1.0)
         _number(self, "presence_penalty", -2.0, 2.0)
         _number(self, "frequency_penalty", -2.0, 2.0)
@@ -98,11 +143,15 @@ class SamplingParams:
         _number(self, "max_seconds", 0.0, 1e9, low_open=True, optional=True)
         _integer(self, "logprobs", 0, 2**31 - 1, optional=True)
         _integer(self, "prompt_logprobs", 0, 2**31 - 1, optional=True)
-        _integer(self, "priority", -(2**31), 2**31 - 1)
+        _integer(self, "priority", *PRIORITIES)
         _integer(self, "num_speculative_tokens", 0, 1024, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(f"min_tokens is {self.min_tokens}; allowed: 0..max_tokens ({self.max_tokens})")
         if (r := self.repetition_detection) is not None:
+            if not isinstance(r, RepetitionDetection):
+                raise InvalidRequestError(
+                    f"repetition_detection is {r!r}; allowed: a RepetitionDetection, a dict of its fields, or None"
+                )
             _integer(r, "min_pattern_size", 1, 2**31 - 1)
             _integer(r, "max_pattern_size", r.min_pattern_size, 2**31 - 1)
             _integer(r, "min_count", 2, 2**31 - 1)
@@ -118,8 +167,10 @@ class SamplingParams:
             )
         for name in ("stop_token_ids", "allowed_token_ids"):
             for item in getattr(self, name) or ():
-                if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+                if not is_integer(item) or item < 0:
                     raise InvalidRequestError(f"{name} holds {item!r}; allowed: token ids, 0..vocab_size-1")
+            if (ids := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(int, ids)))
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequestError("allowed_token_ids is empty; allowed: None, or at least one token id")
 
@@ -139,12 +190,32 @@ class SamplingParams:
         """A validated copy with some fields changed."""
         return replace(self, **changes)
 
+    def clone(self) -> SamplingParams:
+        """An equal copy, as in vLLM."""
+        return replace(self)
 
-def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+
+def is_integer(value: Any) -> bool:
+    """Whether a caller's value is an integer of Python's or numpy's. Booleans aren't."""
+    return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+
+
+def checked_integer(name: str, value: Any, low: int, high: int, also: str = "") -> int:
+    """A caller's value as Python's int.
+
+    Raises:
+        InvalidRequestError: it isn't an integer in ``low..high``; ``also`` says what else would do.
+    """
+    if not is_integer(value) or not low <= value <= high:
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: an integer in {low}..{high}{also}")
+    return int(value)
+
+
+def _tuple(name: str, value: Any, also: str = "") -> tuple[Any, ...]:
     if value is None:
         return ()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise InvalidRequestError(f"{name} is {value!r}; allowed: a list, or None")
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: {also}a list, or None")
     return tuple(value)
 
 
@@ -155,36 +226,36 @@ def _repetition(settings: Mapping[str, Any]) -> RepetitionDetection:
     return RepetitionDetection(**settings)
 
 
-def _bias(bias: Mapping[int, float]) -> dict[int, float]:
+def _bias(bias: Mapping[int, float]) -> LogitBias:
     if not isinstance(bias, Mapping):
         raise InvalidRequestError(f"logit_bias is {bias!r}; allowed: a mapping from token ids to biases, or None")
     clean: dict[int, float] = {}
     for key, value in bias.items():
-        try:  # OpenAI clients send the ids as strings
-            token_id = int(key)
-        except (TypeError, ValueError):
-            raise InvalidRequestError(f"logit_bias has key {key!r}; allowed: token ids") from None
-        if token_id < 0 or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+        digits = isinstance(key, str) and re.fullmatch("[0-9]{1,10}", key)  # OpenAI clients send the ids as strings
+        if not digits and not is_integer(key):
+            raise InvalidRequestError(f"logit_bias has key {key!r}; allowed: token ids")
+        if int(key) < 0 or not _is_number(value) or not -100 <= value <= 100:
             raise InvalidRequestError(f"logit_bias has {key!r}: {value!r}; allowed: token ids, biases in -100..100")
-        clean[token_id] = float(value)
-    return clean
+        clean[int(key)] = float(value)
+    return LogitBias(clean)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _number(owner: Any, name: str, low: float, high: float, *, low_open: bool = False, optional: bool = False) -> None:
     value = getattr(owner, name)
     if value is None and optional:
         return
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value > high or value < low or (low_open and value == low):
+    if not _is_number(value) or not low <= value <= high or (low_open and value == low):  # NaN is in no range
         span = f"{'(' if low_open else '['}{low:g}, {high:g}]"
         raise InvalidRequestError(f"{name} is {value!r}; allowed: a number in {span}{' or None' if optional else ''}")
+    if type(value) not in (int, float):  # numpy's
+        object.__setattr__(owner, name, float(value))
 
 
 def _integer(owner: Any, name: str, low: int, high: int, *, optional: bool = False) -> None:
     value = getattr(owner, name)
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequestError(
-            f"{name} is {value!r}; allowed: an integer in {low}..{high}{' or None' if optional else ''}"
-        )
+    if value is not None or not optional:
+        object.__setattr__(owner, name, checked_integer(name, value, low, high, " or None" if optional else ""))

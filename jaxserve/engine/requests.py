@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.engine.prompts import ParsedPrompt
 from jaxserve.errors import InvalidRequestError
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import PRIORITIES, SamplingParams, checked_integer
 from jaxserve.scheduler.request import Choice
 from jaxserve.text.codec import Codec
 
@@ -86,7 +86,7 @@ class RequestBuilder:
             raise InvalidRequestError("detokenize is True; allowed: False, as the engine has no tokenizer")
         self._check_ids(params)
         self._check_caps(params)
-        priority = params.priority if priority is None else priority
+        priority = params.priority if priority is None else checked_integer("priority", priority, *PRIORITIES)
         if priority != 0 and self._config.scheduling_policy != "priority":
             raise InvalidRequestError(
                 f"priority is {priority!r}; allowed: 0, unless the engine has scheduling_policy='priority'"

@@ -75,6 +75,7 @@ def test_a_bad_request_fails_alone():
             collect(engine, "x", SamplingParams(logprobs=99)),
             collect(engine, ""),
             collect(engine, "x", output_kind="all"),
+            collect(engine, "x", priority="high"),
             collect(engine, "y", SamplingParams(max_tokens=5)),
             return_exceptions=True,
         )

@@ -235,6 +235,29 @@ def test_a_stream_is_checked_at_once(make):
         llm.stream(["a", "b"])
 
 
+def test_priorities_are_checked_before_anything_is_admitted(make):
+    core = FakeCore()
+    llm = make(core, scheduling_policy="priority")
+    for priority in ("high", 1.5, float("nan"), [0, 1.5], [0, "high"], [True, 0]):
+        with pytest.raises(InvalidRequestError, match="priority is "):
+            generate(llm, ["a", "b"], priority=priority)
+    with pytest.raises(InvalidRequestError, match="priority is 1.5"):
+        llm.stream("x", priority=1.5)
+    with pytest.raises(InvalidRequestError, match="priority is 'high'"):
+        llm.chat_stream([{"role": "user", "content": "x"}], priority="high")
+    assert core.submitted == []
+
+
+def test_a_stream_keeps_the_priority_of_its_params(make):
+    core = FakeCore()
+    llm = make(core, scheduling_policy="priority")
+    params = SamplingParams(priority=-3, max_tokens=2)
+    list(llm.stream("x", params))
+    list(llm.chat_stream([{"role": "user", "content": "x"}], params))
+    list(llm.stream("x", params, priority=0))
+    assert [choice.priority for choice in core.submitted] == [-3, -3, 0]
+
+
 def test_closing_a_stream_aborts_its_request_and_no_other(make):
     core = FakeCore(step_seconds=0.001)
     llm = make(core, max_model_len=4096)

@@ -1,6 +1,7 @@
 """Bad input is refused before anything is admitted, by an error that names field, value and range."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -107,17 +108,31 @@ def test_what_depends_on_the_engine_is_checked(prompt, settings, named):
     [
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": -1}, "temperature is -1"),
-        ({"top_k": -2}, "top_k is -2"),
+        ({"top_k": -2}, r"top_k is -2; allowed: an integer in -1\.\."),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"temperature": True}, "temperature is True"),
+        ({"max_tokens": np.float32(3)}, "max_tokens is "),
+        ({"skip_special_tokens": "no"}, "skip_special_tokens is 'no'; allowed: True, False"),
+        ({"detokenize": None}, "detokenize is None"),
+        ({"ignore_eos": 1}, "ignore_eos is 1"),
+        ({"include_stop_str_in_output": 0}, "include_stop_str_in_output is 0"),
         ({"top_p": 0}, "top_p is 0"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5"),
         ({"n": 0}, "n is 0"),
         ({"stop": [""]}, "stop holds ''"),
-        ({"stop": 3}, "stop is 3"),
+        ({"stop": 3}, "stop is 3; allowed: a string, a list, or None"),
         ({"stop": "x", "detokenize": False}, "detokenize"),
         ({"stop_token_ids": 3}, "stop_token_ids is 3"),
         ({"logit_bias": [1]}, r"logit_bias is \[1\]"),
         ({"logit_bias": {0: math.nan}}, "logit_bias has 0"),
+        ({"logit_bias": {0: True}}, "logit_bias has 0"),
+        ({"logit_bias": {1.7: 3}}, "logit_bias has key 1.7"),
+        ({"logit_bias": {True: 3}}, "logit_bias has key True"),
+        ({"logit_bias": {"1_0": 3}}, "logit_bias has key '1_0'"),
+        ({"logit_bias": {-1: 3}}, "logit_bias has -1"),
+        ({"repetition_detection": "x"}, "repetition_detection is 'x'; allowed: a RepetitionDetection"),
         ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
         ({"repetition_detection": {"size": 3}}, "'size'"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs"),
@@ -127,6 +142,36 @@ def test_what_depends_on_the_engine_is_checked(prompt, settings, named):
 def test_what_depends_on_nothing_is_checked_at_once(settings, named):
     with pytest.raises(InvalidRequestError, match=named):
         SamplingParams(**settings)
+
+
+def test_numbers_of_numpy_become_pythons():
+    params = SamplingParams(
+        max_tokens=np.int64(5), temperature=np.float32(0.5), top_k=np.int32(-1), stop_token_ids=np.array([3, 4]),
+        allowed_token_ids=[np.int64(7)], logit_bias={np.int64(8): np.float32(1.5), "9": 2},
+        repetition_detection={"max_pattern_size": np.int64(3)},
+    )  # fmt: skip
+    assert params == SamplingParams(
+        max_tokens=5, temperature=0.5, stop_token_ids=[3, 4], allowed_token_ids=[7], logit_bias={8: 1.5, 9: 2.0},
+        repetition_detection={"max_pattern_size": 3},
+    )  # fmt: skip
+    values = [params.max_tokens, params.temperature, params.top_k, *params.stop_token_ids, *params.allowed_token_ids]
+    values += [*params.logit_bias, *params.logit_bias.values(), params.repetition_detection.max_pattern_size]
+    assert {type(value) for value in values} == {int, float}
+
+
+def test_params_cant_be_changed_from_outside():
+    """They are read again on the core's thread while the request waits and runs."""
+    given = {5: 1.0}
+    params = SamplingParams(logit_bias=given, stop=["a"])
+    given[6] = 101.0
+    assert params.logit_bias == {5: 1.0}
+    with pytest.raises(TypeError):
+        params.logit_bias[6] = 101.0
+    with pytest.raises(AttributeError, match=r"params = params\.with_changes\(max_tokens=\.\.\.\)"):
+        params.max_tokens = 5
+    assert hash(params) == hash(params.clone()) and params == params.clone() and params is not params.clone()
+    copy = pickle.loads(pickle.dumps(params))
+    assert copy == params and hash(copy) == hash(params)
 
 
 def test_something_else_than_sampling_params_is_refused():
@@ -168,6 +213,15 @@ def test_priority_is_accepted_where_the_engine_schedules_by_it():
     kwargs = {"scheduling_policy": "priority"}
     assert check("hello", SamplingParams(priority=-3), **kwargs).priority == -3
     assert check("hello", SamplingParams(priority=-3), priority=2, **kwargs).priority == 2
+    assert type(check("hello", SamplingParams(), priority=np.int64(2), **kwargs).priority) is int
+
+
+@pytest.mark.parametrize("priority", ["high", math.nan, 1.5, True, 2**31, -(2**31) - 1, [1]])
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_a_priority_beside_the_params_is_checked_as_theirs_is(priority, policy):
+    """Ranks are compared on the core's thread, where an error ends the engine for everybody."""
+    with pytest.raises(InvalidRequestError, match=r"priority is .*; allowed: an integer in -2147483648\.\."):
+        check("hello", SamplingParams(), priority=priority, scheduling_policy=policy)
 
 
 def test_limits_are_the_engines():
