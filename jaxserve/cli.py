@@ -251,3 +251,7 @@ def _lines(facts: Mapping[str, Any], indent: str = "") -> list[str]:
 def _fail(message: str) -> int:
     print(f"jaxserve: {message}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,15 @@ def test_wrong_flags_end_with_status_2(capsys, args):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(args)
     assert exit_info.value.code == 2
+
+
+@pytest.mark.parametrize("module", ["jaxserve", "jaxserve.cli"])
+def test_the_modules_run_as_programs(module):
+    ran = subprocess.run([sys.executable, "-m", module, "nonsense"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.splitlines()[-1:]) == (
+        2,
+        ["jaxserve: unknown command 'nonsense'; known: generate, chat, bench, info"],
+    )
 
 
 def test_help_and_usage(capsys):

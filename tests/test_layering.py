@@ -45,7 +45,8 @@ ALLOWED = {
         "jaxserve.weights",
     ),
 }
-FRONTS = ("jaxserve", "jaxserve.llm", "jaxserve.cli", "jaxserve.cli_flags")  # may import anything of jaxserve
+# may import anything of jaxserve
+FRONTS = ("jaxserve", "jaxserve.__main__", "jaxserve.llm", "jaxserve.cli", "jaxserve.cli_flags")
 # part -> the only other distributions that it may import
 OUTSIDE = {
     "pallas_kernels": {"jax", "jaxlib", "numpy"},
