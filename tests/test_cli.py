@@ -125,6 +125,18 @@ def test_chat_keeps_the_conversation(engine, capsys, monkeypatch):
     assert "/exit" in err
 
 
+def test_chat_says_of_an_interrupted_answer_that_it_was_aborted(engine, capsys, monkeypatch):
+    def interrupt(stream):
+        with stream:
+            next(stream)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    monkeypatch.setattr(cli, "show", interrupt)
+    assert cli.main(["chat", "--model", "m"]) == 0
+    assert "| finished: abort]" in capsys.readouterr().err
+
+
 def test_chat_goes_on_after_a_message_that_is_too_long(engine, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("x" * 600 + "\nhi\n"))
     assert cli.main(["chat", "--model", "m"]) == 0

@@ -7,6 +7,9 @@ tokens a step emits.
 
 from __future__ import annotations
 
+import threading
+import time
+
 from jaxserve.engine.events import ChoiceEvent
 from jaxserve.engine.requests import Request
 from jaxserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
@@ -17,7 +20,7 @@ from jaxserve.text.stop import StopMatcher
 
 
 class RequestCollector:
-    """Gathers the events of all choices of a request.
+    """Gathers the events of all choices of a request. One thread may read while another one ends it.
 
     Args:
         request: whose events these are.
@@ -30,6 +33,7 @@ class RequestCollector:
         self._codec = codec
         self._choices = [_ChoiceCollector(request, index, codec, streaming) for index in range(request.params.n)]
         self._num_unfinished = len(self._choices)  # kept, because each event asks
+        self._lock = threading.RLock()  # a signal handler may end what the interrupted thread was just adding to
         self._metrics = RequestMetrics(arrival_time=request.arrival_time)
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         if request.params.prompt_logprobs is not None:
@@ -47,8 +51,32 @@ class RequestCollector:
 
     def add(self, event: ChoiceEvent) -> str | None:
         """Takes one event. Returns a stop string where one was found: the caller then ends that choice in the core."""
+        with self._lock:
+            return self._add(event)
+
+    def end(self, reason: str) -> None:
+        """Ends every choice that still runs, with what it has. Later events change nothing."""
+        with self._lock:
+            for choice in self._choices:
+                if choice.finish_reason is None:
+                    choice.end(reason)
+                    self._num_unfinished -= 1
+                    self._metrics.finished_time = time.monotonic()
+
+    def output(self) -> RequestOutput:
+        """Everything so far. Nothing in it changes later."""
+        with self._lock:
+            return self._wrap([choice.output() for choice in self._choices])
+
+    def delta(self) -> RequestOutput | None:
+        """What is new since the last call, in the choices that have something new; None where no choice has."""
+        with self._lock:
+            outputs = [choice.delta() for choice in self._choices if choice.has_news]
+            return self._wrap(outputs) if outputs else None
+
+    def _add(self, event: ChoiceEvent) -> str | None:
         choice = self._choices[event.index]
-        if choice.finish_reason is not None:  # ended here by a stop string; the core learns of it a moment later
+        if choice.finish_reason is not None:  # ended here, by a stop string or end(); the core learns of it later
             return None
         if event.prompt_logprobs is not None and event.index == 0:
             self._add_prompt_logprobs(*event.prompt_logprobs)
@@ -68,15 +96,6 @@ class RequestCollector:
             self._num_unfinished -= 1
             metrics.finished_time = event.time
         return stop
-
-    def output(self) -> RequestOutput:
-        """Everything so far. Nothing in it changes later."""
-        return self._wrap([choice.output() for choice in self._choices])
-
-    def delta(self) -> RequestOutput | None:
-        """What is new since the last call, in the choices that have something new; None where no choice has."""
-        outputs = [choice.delta() for choice in self._choices if choice.has_news]
-        return self._wrap(outputs) if outputs else None
 
     def _wrap(self, outputs: list[CompletionOutput]) -> RequestOutput:
         request, m = self.request, self._metrics
@@ -146,9 +165,12 @@ class _ChoiceCollector:
                 self.finish_reason, self.stop_reason = "stop", stop
                 return stop
         if event.finish_reason is not None:
-            self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
-            self._end_text()
+            self.end(event.finish_reason, event.stop_reason)
         return None
+
+    def end(self, reason: str, stop_reason: int | str | None = None) -> None:
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        self._end_text()
 
     def _add_text(self, token_id: int) -> str | None:
         if self._detokenizer is None:

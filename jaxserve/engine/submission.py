@@ -59,29 +59,39 @@ class Submission:
             EngineDeadError: the engine died.
         """
         unfinished = {id(collector) for collector in self.collectors}
-        while unfinished:
-            for collector in self._take().values():
-                if collector.finished:
-                    unfinished.discard(id(collector))
-                yield collector
+        try:
+            while unfinished:
+                for collector in self._take(unfinished).values():
+                    if collector.finished:
+                        unfinished.discard(id(collector))
+                    yield collector
+        except EngineDeadError:
+            self._end("error")
+            raise
 
     def abort(self) -> None:
-        """Ends every choice that still runs. Does nothing to finished ones."""
+        """Ends every choice that still runs. Does nothing to finished ones. Any thread may call it."""
         for collector in self.collectors:
             for choice_id in collector.unfinished_ids:
                 self._core.finish(choice_id, "abort")
+        self._end("abort")
 
-    def _take(self) -> dict[int, RequestCollector]:
-        """Waits for an event, takes all that are there; the collectors that changed."""
+    def _end(self, reason: str) -> None:
+        """Marks what still runs as ended: nobody may be there to take the core's last events."""
+        if self._streaming:  # without a stream nobody sees the outputs either, whose texts would have to be decoded
+            for collector in self.collectors:
+                collector.end(reason)
+
+    def _take(self, unfinished: set[int]) -> dict[int, RequestCollector]:
+        """Waits for an event, takes all that are there; the ``unfinished`` collectors that changed or were ended."""
         changed: dict[int, RequestCollector] = {}
         event: ChoiceEvent | None = self._wait()
         while event is not None:
             raise_dead(event)
             collector = self._by_choice[event.choice_id]
-            finished = collector.finished
             if (stop := collector.add(event)) is not None:
                 self._core.finish(event.choice_id, "stop", stop)
-            if not finished:
+            if id(collector) in unfinished:
                 changed[id(collector)] = collector
             try:
                 event = self._events.get_nowait()

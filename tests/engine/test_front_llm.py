@@ -269,6 +269,42 @@ def test_closing_a_stream_aborts_its_request_and_no_other(make):
     assert generate(llm, "y", SamplingParams(max_tokens=3))[0].outputs[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("by_another_thread", [False, True])
+def test_a_closed_streams_output_says_that_it_was_aborted(make, by_another_thread):
+    llm = make(FakeCore(lambda choice: b"one tw", pauses=True))
+    stream = llm.stream("x", SamplingParams(max_tokens=40, stop="two", n=2))
+    assert not next(stream).finished
+    if by_another_thread:  # while this one waits for a token that doesn't come
+        threading.Timer(0.1, stream.close).start()
+        deltas = list(stream)
+        assert deltas[-1].finished and {choice.finish_reason for choice in deltas[-1].outputs} == {"abort"}
+    stream.close()
+    output = stream.output()
+    assert output.finished and output.metrics.finished_time >= output.metrics.arrival_time
+    for choice in output.outputs:
+        assert choice.finish_reason == "abort" and choice.finished
+        assert choice.text == bytes(choice.token_ids).decode()  # what might have become a stop string included
+    stream.close()
+    assert stream.output() == output
+
+
+def test_a_finished_streams_output_keeps_its_reason_when_it_is_closed(make):
+    stream = make().stream("x", SamplingParams(max_tokens=3))
+    list(stream)
+    stream.close()
+    assert stream.output().outputs[0].finish_reason == "length"
+
+
+def test_the_output_of_a_stream_says_that_the_engine_died(make):
+    core = FakeCore(lambda choice: b"one", pauses=True)
+    stream = make(core).stream("x", SamplingParams(max_tokens=40))
+    next(stream)
+    core.fail(ValueError("device lost"))
+    with pytest.raises(EngineDeadError):
+        list(stream)
+    assert stream.output().outputs[0].finish_reason == "error"
+
+
 def test_dropping_a_stream_aborts_its_request(make):
     core = FakeCore(step_seconds=0.001)
     stream = make(core, max_model_len=4096).stream("x", SamplingParams(max_tokens=4000))
