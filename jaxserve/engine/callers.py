@@ -80,7 +80,7 @@ class Callers:
                 return
             token_ids = choice.output_token_ids[quiet.num_told :]
             num_drafted, num_accepted = quiet.num_drafted, quiet.num_accepted
-            self._quiet[choice.choice_id] = _Quiet(len(choice.output_token_ids))
+            quiet.num_told, quiet.num_drafted, quiet.num_accepted = len(choice.output_token_ids), 0, 0
         event = ChoiceEvent(
             choice_id=choice.choice_id,
             index=choice.index,

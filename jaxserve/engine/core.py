@@ -98,6 +98,7 @@ class EngineCore:
         self._stopping = False
         self._busy = False
         self._hung = False
+        self._suspected: float | None = None  # a heartbeat that the watchdog found too old
         self._guard = CompileGuard()
         self._thread: threading.Thread | None = None
         self._watchdog: threading.Thread | None = None
@@ -202,6 +203,9 @@ class EngineCore:
             with self._guard:
                 while self._take_inbox():
                     self.step()
+                # Python may shut down next, and takes the backend from under what it still computes.
+                for _, step in self._in_flight:
+                    self.runner.fetch(step)
         except BaseException as error:  # whatever it is, the callers must hear of it
             logger.exception("the engine failed")
             self._die(error)
@@ -311,7 +315,10 @@ class EngineCore:
         self._die(EngineDeadError(trouble))
 
     def _trouble(self) -> str | None:
-        """What is wrong with the loop from outside, if anything is."""
+        """What is wrong with the loop from outside, if anything is.
+
+        A step is overdue if two looks say so: if the whole process had been stopped, the second finds it moving.
+        """
         with self._lock:
             if self._error is not None or self._stopping or self._thread is None:
                 return None
@@ -319,6 +326,9 @@ class EngineCore:
                 return "the core's thread is gone"
             silent = time.monotonic() - self.heartbeat
             if not self._busy or silent <= self._watchdog_seconds:
+                return None
+            if self._suspected != self.heartbeat:
+                self._suspected = self.heartbeat
                 return None
             self._hung = True
             return f"no step has returned for {silent:.0f} s (watchdog_seconds)"

@@ -76,7 +76,7 @@ class Planner:
             planned = choice.computed_len + in_flight
             width = step_width(planned, choice.limit_len, 1 + drafts_len)
             if planned + width > choice.capacity_len:
-                width = self._grow(choice, planned, width, rows)
+                width = self._grow(choice, planned, width, rows, num_others=len(decoding) - at)
             if not width:
                 continue
             choice.in_flight_len = in_flight + width
@@ -129,10 +129,11 @@ class Planner:
         choice.draft_accepted = choice.draft_failures = 0
         return choice.draft_len
 
-    def _grow(self, choice: Choice, planned: int, width: int, rows: Rows) -> int:
+    def _grow(self, choice: Choice, planned: int, width: int, rows: Rows, *, num_others: int) -> int:
         """Reserves blocks for a decode row: without drafts if they don't fit, else at the expense of the newest choice.
 
         A choice with tokens in flight preempts nobody: its own demand is an upper bound that may still come down.
+        Drafts make nobody preempt: they leave a block for each of the ``num_others`` that are still to be planned.
 
         Returns:
             The width that is covered, in full; 0 where the choice waits or, being the newest, was preempted itself.
@@ -140,8 +141,8 @@ class Planner:
         table = choice.block_ids
         held = len(table)
         reserve = self.state.pool.reserve
-        while not reserve(table, planned + width):
-            if width > 1:  # drafts never preempt anybody
+        while not reserve(table, planned + width, headroom=num_others if width > 1 else 0):
+            if width > 1:
                 width = 1
                 continue
             if choice.in_flight_len:
@@ -222,7 +223,6 @@ class Planner:
         logprobs_missing = choice.needs_prompt_logprobs and choice.prompt_logprobs_len < choice.prompt_len
         if parent is not None and not logprobs_missing:
             hits, parent = self.state.cache.match(choice.cache_root, choice.tokens(0, tokens_len))
-            self.state.stats.num_prefix_queries += tokens_len
         if not pool.reserve(choice.block_ids, tokens_len, hits, headroom):
             idle_hits = sum(1 for block in hits if not pool.refs[block])
             needed = pool.blocks_for(tokens_len) - len(hits) + idle_hits + headroom
@@ -237,6 +237,8 @@ class Planner:
         choice.num_published = len(hits)
         choice.publish_at = (len(hits) + 1) * block_size if parent is not None else NEVER
         choice.find_quiet_len()
+        if choice.cache_root is not None and not logprobs_missing:
+            self.state.stats.num_prefix_queries += tokens_len
         self.state.stats.num_prefix_hits += choice.computed_len
         if not choice.num_preemptions:
             choice.num_cached_tokens = choice.computed_len

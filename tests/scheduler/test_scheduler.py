@@ -243,6 +243,26 @@ def test_preemptions_are_few():
     assert emitted == 8 * 24 and world.scheduler.stats.num_preemptions <= emitted // 8
 
 
+@pytest.mark.parametrize("max_drafts", [0, 4])
+def test_drafts_make_nobody_preempt(max_drafts):
+    """An older choice's drafts leave the last block to a younger one that needs it for a token."""
+    world = make_world(num_blocks=4, block_size=4, max_drafts=max_drafts, admission_headroom_len=0)
+    world.add([1] * 4, SamplingParams(max_tokens=9))
+    world.add([2] * 4, SamplingParams(max_tokens=3))
+    world.drain(nothing)
+    assert world.scheduler.stats.num_preemptions == 0
+
+
+def test_prefix_queries_are_counted_once_an_admission():
+    """Not each time that a prompt is looked up and has to wait for blocks."""
+    world = make_world(num_blocks=12, block_size=4, max_model_len=48, admission_retry_steps=1)
+    world.add([1] * 25, SamplingParams(max_tokens=20))
+    world.add([2] * 30, SamplingParams(max_tokens=2))
+    world.drain(nothing)
+    assert world.scheduler.stats.num_preemptions == 0
+    assert world.scheduler.stats.num_prefix_queries == 55
+
+
 def test_no_progress_is_an_error_not_a_spin():
     world = make_world(num_blocks=8)
     world.add([1, 2], SamplingParams(max_tokens=4))
