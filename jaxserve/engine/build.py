@@ -262,7 +262,7 @@ def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
     ]
     if compiler.drafter is not None:
         largest.append(compiler.propose(compiler.drafter, propose_keys(compiler.config)[-1]))
-    return max(measure_temp(task, cache) for task in largest)
+    return measure_temp(largest, cache)
 
 
 def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: AdaptiveDrafts | None) -> SchedulerConfig:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -19,14 +20,17 @@ from jaxserve.runner.jax_cache import ApartFromJaxCache
 logger = logging.getLogger("jaxserve")
 
 
-def measure_temp(task: Task, cache: ExecutableCache | None) -> int:
-    """Bytes of temporary memory that the task would need on one device, compiled only to see that."""
-    if cache is not None and (known := cache.load_temp(task)) is not None:
-        return known
-    size = temp_bytes(task.lower().compile())
-    if cache is not None:
-        cache.store_temp(task, size)
-    return size
+def measure_temp(tasks: Sequence[Task], cache: ExecutableCache | None) -> int:
+    """Bytes of temporary memory that the neediest task would need on one device, compiled only to see that."""
+    known = {task.name: None if cache is None else cache.load_temp(task) for task in tasks}
+    unknown = [task for task in tasks if known[task.name] is None]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda lowered: lowered.compile(), [task.lower() for task in unknown])
+        for task, executable in zip(unknown, compiled, strict=True):
+            known[task.name] = size = temp_bytes(executable)
+            if cache is not None:
+                cache.store_temp(task, size)
+    return max(size for size in known.values() if size is not None)
 
 
 def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: bool | None) -> Executables:

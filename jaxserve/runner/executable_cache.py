@@ -13,7 +13,6 @@ import functools
 import hashlib
 import logging
 import os
-import pickle
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,33 +53,25 @@ class ExecutableCache:
         """The compiled task; None where there is none, or, with a warning, where it can't be read."""
         path = self._path(task, ".executable")
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
             return serialize_executable.deserialize_and_load(
-                data,
+                _unseal(path.read_bytes()),
                 jax.tree.structure((task.args, {})),
                 jax.tree.structure(task.out),
                 backend=self.devices[0].client,
                 execution_devices=self.devices,
             )
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            jax.errors.JaxRuntimeError,
-        ) as e:
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as e:
             logger.warning("%s can't be used, so %s is compiled again: %s", path, task.name, e)
             return None
 
     def store(self, task: Task, compiled: Any) -> None:
+        """Keeps the compiled task; where it can't be written, with a warning, it isn't kept."""
         data, in_tree, out_tree = serialize_executable.serialize(compiled)
         if in_tree != jax.tree.structure((task.args, {})) or out_tree != jax.tree.structure(task.out):
             raise RuntimeError(f"{task.name} was compiled for other arguments or results than its task's")
-        self._write(self._path(task, ".executable"), data)
+        self._write(self._path(task, ".executable"), _seal(data))
 
     def load_temp(self, task: Task) -> int | None:
         """Bytes of temporary memory, where ``store_temp`` was told."""
@@ -95,10 +86,31 @@ class ExecutableCache:
 
     def _write(self, path: Path, data: bytes) -> None:
         """In full or not at all: other processes may read."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.directory, delete_on_close=False) as file:
+                file.write(data)
+                file.close()
+                os.replace(file.name, path)
+        except OSError as e:
+            logger.warning("%s can't be written, so the next start makes it again: %s", path, e)
+
+
+def _seal(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest() + data
+
+
+def _unseal(sealed: bytes) -> bytes:
+    """What was sealed.
+
+    Raises:
+        ValueError: it was damaged since. What is damaged isn't unpickled: anything could come of that.
+    """
+    size = hashlib.sha256().digest_size
+    digest, data = sealed[:size], sealed[size:]
+    if hashlib.sha256(data).digest() != digest:
+        raise ValueError("the file is damaged")
+    return data
 
 
 def _digest(parts: Iterable[bytes]) -> str:

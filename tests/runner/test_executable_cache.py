@@ -145,7 +145,15 @@ def test_the_sources_are_part_of_the_key(tmp_path, compiler, monkeypatch):
 def test_temporary_memory_is_measured_once(tmp_path, compiler, monkeypatch):
     task = compiler.sample(sample_keys(compiler.config)[0])
     cache = ExecutableCache.of(str(tmp_path), compiler)
-    size = measure_temp(task, cache)
+    size = measure_temp([task, compiler.stage()], cache)
     assert size == task.lower().compile().memory_analysis().temp_size_in_bytes
     monkeypatch.setattr(type(task), "lower", lambda self: pytest.fail("compiled again"))
-    assert measure_temp(task, cache) == size
+    assert measure_temp([task, compiler.stage()], cache) == size
+
+
+def test_a_directory_that_cannot_be_written_costs_a_warning_not_the_engine(tmp_path, compiler, caplog):
+    (tmp_path / "jaxserve").write_text("a file where the directory should be")
+    task, cache = compiler.stage(), ExecutableCache.of(str(tmp_path), compiler)
+    cache.store(task, task.lower().compile())
+    assert cache.load(task) is None
+    assert "can't be written" in caplog.text
