@@ -76,6 +76,7 @@ def generate(args: list[str]) -> int:
             ("chat", Annotated[bool, tyro.conf.arg(help="take the prompt as a user's message")], False),
         ],
     )
+    _need_tokenizer(settings, "generate")
     prompt = settings.command["prompt"]
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -98,6 +99,7 @@ def chat(args: list[str]) -> int:
         args,
         [("system", Annotated[str | None, tyro.conf.arg(help="a system message")], None)],
     )
+    _need_tokenizer(settings, "chat")
     system = settings.command["system"]
     start = [{"role": "system", "content": system}] if system else []
     with open_llm(settings) as llm:
@@ -168,6 +170,12 @@ def info(args: list[str]) -> int:
 def open_llm(settings: Settings) -> LLM:
     """The engine of a command."""
     return LLM(**{name: value for name, value in vars(settings.engine).items()})
+
+
+def _need_tokenizer(settings: Settings, command: str) -> None:
+    """Refuses before loading what could only fail after it."""
+    if settings.engine.skip_tokenizer_init:
+        raise ConfigError(f"skip_tokenizer_init is True; allowed: False, because {command} takes and prints text")
 
 
 def show(stream: Stream) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxserve.config import EngineConfig, Limits, read_toml
+from jaxserve.config import EngineConfig, Limits, SpeculativeConfig, read_toml
 from jaxserve.errors import ConfigError
 from jaxserve.sampling_params import RepetitionDetection, SamplingParams
 
@@ -33,6 +33,21 @@ FLAG_TYPES: dict[str, Any] = {
     "speculative_config": str | None,  # JSON, as in vLLM
 }
 SPECULATIVE_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4}'
+# Help of engine settings that flags take in another form than EngineConfig.
+FLAG_HELPS = {
+    "speculative_config": f"a JSON object, such as '{SPECULATIVE_EXAMPLE}'; fields: "
+    f"{', '.join(f.name for f in fields(SpeculativeConfig))}. None: no speculation."
+}
+# The sampling settings that a checkpoint may have defaults for (jaxserve/weights/generation.py, which imports jax).
+FROM_CHECKPOINT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# What an absent sampling setting is, where its default of None doesn't say it.
+IF_ABSENT = {
+    "seed": "drawn from the engine's seed",
+    "max_tokens": "default_max_tokens, or else what the context leaves",
+    "max_seconds": "the engine's limit",
+    "allowed_token_ids": "all",
+    "num_speculative_tokens": "the engine's",
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,8 @@ def _engine_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
     hints, helps = typing.get_type_hints(EngineConfig), _helps(EngineConfig)
     spec: list[tuple[Any, ...]] = []
     for f in fields(EngineConfig):
-        kind = _described(FLAG_TYPES.get(f.name, hints[f.name]), helps.get(f.name, "").replace("``", ""))
+        about = FLAG_HELPS.get(f.name, helps.get(f.name, "").replace("``", ""))
+        kind = _described(FLAG_TYPES.get(f.name, hints[f.name]), about)
         name = RENAMED.get(f.name, f.name)
         default = f.default if f.name == "speculative_config" else file.get(f.name, f.default)
         spec.append((name, kind) if default is MISSING else (name, kind, field(default=default)))
@@ -138,14 +154,22 @@ def _sampling_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
         if hints[f.name] is bool:
             spec.append((f.name, bool, field(default=file.get(f.name, f.default))))
             continue
-        default = file.get(f.name, f.default)
-        about = f"if not given: {default!r}, or the model's generation_config"
+        about = f"if not given: {_if_absent(f.name, file.get(f.name), f.default)}"
         if f.name in FLAG_TYPES:
             kind = FLAG_TYPES[f.name]
             spec.append((f.name, _described(kind, about), field(default_factory=typing.get_origin(kind))))
         else:
-            spec.append((f.name, _described(hints[f.name] | None, about), None))
+            spec.append((f.name, _described(hints[f.name] | None, about, hint=""), None))
     return spec
+
+
+def _if_absent(name: str, in_file: Any, default: Any) -> str:
+    """What counts where a sampling flag isn't given."""
+    if in_file is not None:
+        return repr(in_file)
+    if name in FROM_CHECKPOINT:
+        return f"what the model's generation_config says, or {default!r}"
+    return IF_ABSENT.get(name, "none" if default is None else repr(default))
 
 
 def _speculative(flag: str | None, file: Mapping[str, Any]) -> Any:
@@ -161,8 +185,9 @@ def _speculative(flag: str | None, file: Mapping[str, Any]) -> Any:
     return settings
 
 
-def _described(kind: Any, text: str) -> Any:
-    return Annotated[kind, tyro.conf.arg(help=text)]
+def _described(kind: Any, text: str, hint: str | None = None) -> Any:
+    """A flag's type with its help; ``hint`` replaces tyro's "(default: ...)"."""
+    return Annotated[kind, tyro.conf.arg(help=text, help_behavior_hint=hint)]
 
 
 def _helps(cls: type) -> dict[str, str]:

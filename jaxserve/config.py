@@ -94,6 +94,13 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory that the engine may use.
         kv_cache_dtype: "auto" is ``dtype``; "fp8" and "fp8_e4m3" are the same, without scales; "int8" has a scale for
             each token and head.
+        enable_prefix_caching: prompts that begin alike share the KV blocks of what they have in common.
+        tensor_parallel_size: devices of this host that the model is split over.
+        load_format: how the weights are stored; "auto" looks, "dummy" needs none and makes random ones.
+        seed: of the seeds of requests that bring none, and of dummy weights.
+        attention_implementation: "pallas_gpu" (Hopper), "pallas_tpu", or "xla" (anywhere); "auto" is the device's
+            kernel where that runs the model, else "xla".
+        scheduling_policy: who runs first: "fcfs", who came first; "priority", whose priority is the lowest number.
         quantization: of the weights, while they are loaded: "int8" (a scale an output channel), "int4" (a scale and an
             offset for 64 inputs; the LM head is int8), "fp8" (e4m3, and products in fp8 with a scale a token), or
             "fp8_weight_only"; None keeps ``dtype``.
@@ -112,6 +119,7 @@ class EngineConfig:
         strict_compile: an executable born after warm-up is an error instead of a counted warning.
         compilation_cache_dir: where compiled executables are kept for the next start, as is JAX's own cache; a
             directory to be trusted like the installation. None: nothing is kept.
+        limits: caps on what one request may bring, a Limits.
     """
 
     model: str

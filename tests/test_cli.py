@@ -1,5 +1,6 @@
 """The command line on a fake engine: flags, files, streams, figures, errors."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ from fakes import EOS, FakeCore, fake_engine
 from jaxserve import LLM, SamplingParams, cli, cli_flags
 from jaxserve.config import EngineConfig
 from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.weights.generation import _SAMPLING_RANGES
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "serving"
 
@@ -207,6 +209,50 @@ def test_help_and_usage(capsys):
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     assert "generate PROMPT" in capsys.readouterr().out
+
+
+def help_of(capsys, *args):
+    """Flag -> what the help says of it, on one line."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["generate", *args, "--help"])
+    assert exit_info.value.code == 0
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    helps, name = {}, ""
+    for line in lines:
+        if line.startswith(("--", "-h")):
+            name = line.split()[0].rstrip(",")
+            helps[name] = ""
+        else:
+            helps[name] = f"{helps.get(name, '')} {line}".strip()
+    return helps
+
+
+def test_help_says_where_defaults_come_from(capsys):
+    helps = help_of(capsys)
+    from_model = {name for name, text in helps.items() if "generation_config" in text}
+    assert from_model == {f"--{name.replace('_', '-')}" for name in _SAMPLING_RANGES}
+    assert helps["--top-k"] == "if not given: what the model's generation_config says, or 0"
+    assert helps["--max-tokens"] == "if not given: default_max_tokens, or else what the context leaves"
+    assert helps["--stop"].startswith("if not given: none")
+    assert cli_flags.SPECULATIVE_EXAMPLE in helps["--speculative-config"]
+
+
+def test_help_says_what_the_file_sets(capsys, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[sampling]\ntop_k = 5\n")
+    assert help_of(capsys, "--config", str(file))["--top-k"] == "if not given: 5"
+
+
+def test_every_engine_setting_has_a_help_text():
+    helps = cli_flags._helps(EngineConfig)
+    assert [f.name for f in dataclasses.fields(EngineConfig) if not helps.get(f.name)] == []
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"]])
+def test_a_command_that_needs_the_tokenizer_refuses_before_loading(engine, capsys, command):
+    assert cli.main([*command, "--model", "m", "--skip-tokenizer-init"]) == 2
+    assert "skip_tokenizer_init is True; allowed: False" in capsys.readouterr().err
+    assert engine == {}
 
 
 @pytest.mark.parametrize(
