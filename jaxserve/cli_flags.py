@@ -1,7 +1,7 @@
 """Command-line flags, made from the config dataclasses so that there is one place for names, types and defaults.
 
 Three sources, the later ones win: the dataclass defaults (and, for sampling, the model's generation_config), the file
-given by ``--config``, the flags. Engine settings are a file's top level, sampling settings its ``[sampling]`` table.
+given by ``--config`` (``cli_file.py``), the flags.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxserve.config import EngineConfig, Limits, SpeculativeConfig, read_toml
+from jaxserve.cli_file import read_settings
+from jaxserve.config import EngineConfig, SpeculativeConfig
 from jaxserve.errors import ConfigError
-from jaxserve.sampling_params import RepetitionDetection, SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 # Both dataclasses have these; the plain flag is the request's.
 RENAMED = {"seed": "engine_seed", "max_seconds": "engine_max_seconds"}
@@ -80,7 +81,8 @@ def parse(
     Raises:
         ConfigError, InvalidRequestError: a setting is unknown or out of range.
     """
-    file_engine, file_sampling = _read(_config_path(args))
+    path = _config_path(args)
+    file_engine, file_sampling = ({}, {}) if path is None else read_settings(path, NOT_IN_FILES)
     spec: list[tuple[Any, ...]] = list(command_fields)
     spec.append(("config", Annotated[str | None, tyro.conf.arg(help="a file of settings; flags win over it")], None))
     spec += _engine_fields(file_engine)
@@ -94,7 +96,9 @@ def parse(
     if sampling:
         given = {f.name: parsed[f.name] for f in fields(SamplingParams) if f.name not in NOT_FLAGS}
         asked = file_sampling | {name: value for name, value in given.items() if value not in (None, (), {})}
-    return Settings(EngineConfig(**engine), asked, {name: parsed[name] for name, *_ in command_fields})
+    settings = Settings(EngineConfig(**engine), asked, {name: parsed[name] for name, *_ in command_fields})
+    settings.sampling_params({})  # refuses now what would be refused when the model is loaded
+    return settings
 
 
 _append = tyro.conf.UseAppendAction
@@ -108,27 +112,6 @@ def _config_path(args: Sequence[str]) -> str | None:
         if arg.startswith("--config="):
             return arg.removeprefix("--config=")
     return None
-
-
-def _read(path: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Engine and sampling settings of a file, with unknown names refused."""
-    if path is None:
-        return {}, {}
-    engine = read_toml(path)
-    sampling = engine.pop("sampling", {})
-    known = {f.name for f in fields(EngineConfig)}
-    if unknown := sorted(set(engine) - known):
-        raise ConfigError(f"{path!r} has an unknown engine setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    for table, cls in (("limits", Limits), ("repetition_detection", RepetitionDetection)):
-        if table in engine:
-            known = {f.name for f in fields(cls)}
-            if unknown := sorted(set(engine[table]) - known):
-                raise ConfigError(f"{path!r} has an unknown {table}.{unknown[0]}; known: {', '.join(sorted(known))}")
-            engine[table] = cls(**engine[table])
-    if refused := [name for name in sampling if name in NOT_IN_FILES]:
-        raise ConfigError(f"{path!r} sets sampling.{refused[0]}, which the command line doesn't offer")
-    SamplingParams.from_dict(sampling)
-    return engine, sampling
 
 
 def _engine_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:

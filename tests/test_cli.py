@@ -1,21 +1,15 @@
 """The command line on a fake engine: flags, files, streams, figures, errors."""
 
-import dataclasses
 import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from fakes import EOS, FakeCore, fake_engine
 
-from jaxserve import LLM, SamplingParams, cli, cli_flags
-from jaxserve.config import EngineConfig
-from jaxserve.errors import CheckpointError, ConfigError
-from jaxserve.weights.generation import _SAMPLING_RANGES
-
-CONFIGS = Path(__file__).parent.parent / "configs" / "serving"
+from jaxserve import LLM, cli
+from jaxserve.errors import CheckpointError
 
 
 @pytest.fixture
@@ -74,41 +68,6 @@ def test_seeds_of_engine_and_request_are_two_flags(engine):
     assert cli.main(["generate", "--model", "m", "--seed", "5", "--engine-seed", "6", "x"]) == 0
     assert engine["settings"].engine.seed == 6
     assert engine["core"].submitted[0].seed == 5
-
-
-def test_every_engine_setting_is_a_flag_with_the_dataclass_default():
-    settings = cli_flags.parse("p", "", ["--model", "m"], [])
-    assert settings.engine == EngineConfig(model="m")
-    assert settings.sampling_params({}) == SamplingParams(max_tokens=None)
-
-
-def test_speculation_is_json_on_the_command_line_and_a_table_in_a_file(tmp_path):
-    file = tmp_path / "c.toml"
-    file.write_text("[speculative_config]\nnum_speculative_tokens = 3\n")
-    args = ["--model", "m", "--config", str(file)]
-    assert cli_flags.parse("p", "", args, []).engine.speculative_config.num_speculative_tokens == 3
-    args += ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 5}']
-    assert cli_flags.parse("p", "", args, []).engine.speculative_config.num_speculative_tokens == 5
-
-
-@pytest.mark.parametrize("text", ["{", "3", '{"method": "magic"}', '{"colour": 1}'])
-def test_wrong_speculation_is_refused(text):
-    with pytest.raises(ConfigError, match="speculative_config|SpeculativeConfig"):
-        cli_flags.parse("p", "", ["--model", "m", "--speculative-config", text], [])
-
-
-def test_repetition_is_flags_and_a_table_of_a_file(tmp_path):
-    file = tmp_path / "settings.toml"
-    file.write_text('repetition = "stop"\n[repetition_detection]\nmin_count = 5\n')
-    args = ["--model", "m", "--config", str(file), "--repetition-detection.max-pattern-size", "9"]
-    engine = cli_flags.parse("p", "", args, []).engine
-    rule = engine.repetition_detection
-    assert (engine.repetition, rule.min_count, rule.max_pattern_size, rule.min_pattern_size) == ("stop", 5, 9, 1)
-
-
-def test_limits_are_flags():
-    settings = cli_flags.parse("p", "", ["--model", "m", "--limits.max-logprobs", "5"], [])
-    assert settings.engine.limits.max_logprobs == 5
 
 
 def test_chat_keeps_the_conversation(engine, capsys, monkeypatch):
@@ -180,6 +139,11 @@ def test_errors_are_one_clear_line_and_status_2(engine, capsys, args, named):
     assert line.startswith("jaxserve: ") and named in line
 
 
+def test_sampling_settings_are_checked_before_the_model_is_loaded(engine):
+    assert cli.main(["generate", "--model", "m", "--temperature", "-1", "x"]) == 2
+    assert engine == {}
+
+
 def test_an_engine_that_cant_be_built_is_one_clear_line(monkeypatch, capsys):
     def refuse(settings):
         raise CheckpointError("no model at 'm'")
@@ -211,70 +175,8 @@ def test_help_and_usage(capsys):
     assert "generate PROMPT" in capsys.readouterr().out
 
 
-def help_of(capsys, *args):
-    """Flag -> what the help says of it, on one line."""
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["generate", *args, "--help"])
-    assert exit_info.value.code == 0
-    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
-    helps, name = {}, ""
-    for line in lines:
-        if line.startswith(("--", "-h")):
-            name = line.split()[0].rstrip(",")
-            helps[name] = ""
-        else:
-            helps[name] = f"{helps.get(name, '')} {line}".strip()
-    return helps
-
-
-def test_help_says_where_defaults_come_from(capsys):
-    helps = help_of(capsys)
-    from_model = {name for name, text in helps.items() if "generation_config" in text}
-    assert from_model == {f"--{name.replace('_', '-')}" for name in _SAMPLING_RANGES}
-    assert helps["--top-k"] == "if not given: what the model's generation_config says, or 0"
-    assert helps["--max-tokens"] == "if not given: default_max_tokens, or else what the context leaves"
-    assert helps["--stop"].startswith("if not given: none")
-    assert cli_flags.SPECULATIVE_EXAMPLE in helps["--speculative-config"]
-
-
-def test_help_says_what_the_file_sets(capsys, tmp_path):
-    file = tmp_path / "c.toml"
-    file.write_text("[sampling]\ntop_k = 5\n")
-    assert help_of(capsys, "--config", str(file))["--top-k"] == "if not given: 5"
-
-
-def test_every_engine_setting_has_a_help_text():
-    helps = cli_flags._helps(EngineConfig)
-    assert [f.name for f in dataclasses.fields(EngineConfig) if not helps.get(f.name)] == []
-
-
 @pytest.mark.parametrize("command", [["generate", "x"], ["chat"]])
 def test_a_command_that_needs_the_tokenizer_refuses_before_loading(engine, capsys, command):
     assert cli.main([*command, "--model", "m", "--skip-tokenizer-init"]) == 2
     assert "skip_tokenizer_init is True; allowed: False" in capsys.readouterr().err
     assert engine == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("colour = 1", "'colour'"),
-        ("[sampling]\ncolour = 1", "'colour'"),
-        ("[sampling]\nn = 2", "sampling.n"),
-        ("[limits]\ncolour = 1", "limits.colour"),
-        ("[repetition_detection]\ncolour = 1", "repetition_detection.colour"),
-        ("model = ", "isn't valid TOML"),
-    ],
-)
-def test_a_file_with_unknown_settings_is_refused(tmp_path, text, named):
-    file = tmp_path / "c.toml"
-    file.write_text(text)
-    with pytest.raises((ConfigError, ValueError), match=named):
-        cli_flags.parse("p", "", ["--model", "m", "--config", str(file)], [])
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_profile_is_valid(file):
-    settings = cli_flags.parse("p", "", ["--model", "m", f"--config={file}"], [])
-    assert settings.engine != EngineConfig(model="m")
-    settings.sampling_params({})

@@ -46,7 +46,7 @@ ALLOWED = {
     ),
 }
 # may import anything of jaxserve
-FRONTS = ("jaxserve", "jaxserve.__main__", "jaxserve.llm", "jaxserve.cli", "jaxserve.cli_flags")
+FRONTS = ("jaxserve", "jaxserve.__main__", "jaxserve.llm", "jaxserve.cli", "jaxserve.cli_flags", "jaxserve.cli_file")
 # part -> the only other distributions that it may import
 OUTSIDE = {
     "pallas_kernels": {"jax", "jaxlib", "numpy"},
