@@ -1,4 +1,4 @@
-"""How long a draft a choice may get: the adaptive K. Pure functions, no state of their own.
+"""How long a draft a choice may get: the adaptive K. The rule is pure functions; ``DraftLen`` is a choice under it.
 
 A step with k drafts costs ``1 + k * token_cost`` one-token steps, and emits ``1 + p + p^2 + ... + p^k`` tokens in the
 mean, where p is the chance that a draft token is accepted, given that those before it were. ``choose_draft_len``
@@ -78,6 +78,46 @@ def judge(accepted: int, failures: int, pause: int, max_drafts: int, rule: Adapt
     if draft_len:
         return Verdict(draft_len, 0)
     return Verdict(0, rule.first_pause if pause == 0 else min(2 * pause, rule.max_pause))
+
+
+class DraftLen:
+    """How many drafts one choice wants. Without a rule it's always ``most``.
+
+    Attributes:
+        most: what it may want.
+        now: drafts of the next step; 0 in a pause.
+        rest_len: steps without drafts that are left of a pause.
+    """
+
+    __slots__ = ("_accepted", "_failures", "_pause", "_rule", "_steps", "most", "now", "rest_len")
+
+    def __init__(self, most: int, rule: AdaptiveDrafts | None) -> None:
+        self._rule = rule
+        self.most = self.now = most
+        self.rest_len = 0
+        self._pause = 0  # length of the last one, 0 if there was none since drafts last paid
+        self._steps = self._accepted = self._failures = 0  # of the window
+
+    def rest(self) -> None:
+        """A step without drafts in a pause. After the last one comes a probe, which is a short window."""
+        self.rest_len -= 1
+        if not self.rest_len and self._rule is not None:
+            self.now = self.most
+            self._steps = self._rule.window - self._rule.probe_window
+
+    def record(self, drafts_len: int, accepted: int) -> None:
+        """A step with drafts: how many were planned, and how many accepted. Judges them at the end of a window."""
+        rule = self._rule
+        if rule is None or not self.now:  # planned before the pause
+            return
+        self._accepted += accepted
+        if accepted < drafts_len:
+            self._failures += 1
+        self._steps += 1
+        if self._steps >= rule.window:
+            self.now, self._pause = judge(self._accepted, self._failures, self._pause, self.most, rule)
+            self.rest_len = self._pause
+            self._steps = self._accepted = self._failures = 0
 
 
 def compute_bound_cap(num_decodes: int, num_drafting: int, rule: AdaptiveDrafts) -> int:

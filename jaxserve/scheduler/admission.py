@@ -7,6 +7,7 @@ once the others are preempted: that is the ground of the progress guarantee.
 from __future__ import annotations
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.adaptive import DraftLen
 from jaxserve.scheduler.config import SchedulerConfig
 from jaxserve.scheduler.repetition import LOOK_EVERY
 from jaxserve.scheduler.request import Choice
@@ -67,12 +68,12 @@ def prepare(choice: Choice, config: SchedulerConfig, arrival: int) -> None:
     choice.stop_ids = frozenset((*eos, *(params.stop_token_ids or ())))
     limits = [seconds for seconds in (params.max_seconds, config.max_seconds) if seconds is not None]
     choice.deadline = choice.arrival_time + min(limits) if limits else None
-    choice.max_drafts = config.max_drafts if params.num_speculative_tokens is None else params.num_speculative_tokens
+    max_drafts = config.max_drafts if params.num_speculative_tokens is None else params.num_speculative_tokens
     if config.drafting == "host":
-        choice.host_synchronous = choice.host_synchronous or choice.max_drafts > 0
+        choice.host_synchronous = choice.host_synchronous or max_drafts > 0
     elif choice.host_synchronous:
-        choice.max_drafts = 0  # the device can't look up drafts for masks that it doesn't have
-    choice.draft_len = choice.max_drafts
+        max_drafts = 0  # the device can't look up drafts for masks that it doesn't have
+    choice.draft_len = DraftLen(max_drafts, config.adaptive_drafts)
     if params.repetition_detection is not None:
         choice.repetition, choice.repetition_stops = params.repetition_detection, True
     elif config.repetition != "off":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxserve.scheduler.adaptive import judge
 from jaxserve.scheduler.invariants import SchedulerInvariantError
 from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
 from jaxserve.scheduler.request import Choice, FinishReason
@@ -81,7 +80,6 @@ class Committer:
             result.token_ids.tolist(),
             strict=True,
         )
-        judged = self.config.adaptive_drafts is not None
         prompt_logprobs = result.prompt_logprobs
         commits: list[Commit] = []
         num_drafted = num_accepted = num_emitted = 0
@@ -100,8 +98,7 @@ class Committer:
             if drafts_len:
                 num_drafted += drafted
                 num_accepted += emitted - 1
-                if judged and choice.draft_len:
-                    self._judge_drafts(choice, drafts_len, emitted - 1)
+                choice.draft_len.record(drafts_len, emitted - 1)
             del token_ids[emitted:]  # padding
             commit = Commit(choice, row, token_ids)
             output = choice.output_token_ids
@@ -142,19 +139,6 @@ class Committer:
                     f"step {plan.step_id} row {row}: {emitted[row]} tokens from {drafted[row]} drafts of at most "
                     f"{plan.num_drafts[row]}"
                 )
-
-    def _judge_drafts(self, choice: Choice, drafts_len: int, accepted: int) -> None:
-        """Counts a verify row under the adaptive rule, and judges the choice's drafts at the end of a window."""
-        rule = self.config.adaptive_drafts
-        choice.draft_accepted += accepted
-        if accepted < drafts_len:
-            choice.draft_failures += 1
-        choice.draft_steps += 1
-        if rule is not None and choice.draft_steps >= rule.window:
-            verdict = judge(choice.draft_accepted, choice.draft_failures, choice.draft_pause, choice.max_drafts, rule)
-            choice.draft_len, choice.draft_pause = verdict
-            choice.draft_wait = verdict.pause
-            choice.draft_steps = choice.draft_accepted = choice.draft_failures = 0
 
 
 def _new_logprobs(choice: Choice, row: int, result: StepResult) -> tuple[int, Logprobs] | None:

@@ -63,9 +63,8 @@ class Planner:
             choice = decoding[at]
             at += 1
             in_flight = choice.in_flight_len
-            drafts_len = choice.draft_len
-            if not drafts_len and choice.draft_pause:
-                drafts_len = self._wait_for_probe(choice)
+            wanted = choice.draft_len
+            drafts_len = wanted.now
             if host_drafts:
                 drafts, choice.draft_token_ids = choice.draft_token_ids, None
                 drafts_len = min(drafts_len, len(drafts)) if drafts else 0
@@ -79,6 +78,8 @@ class Planner:
                 width = self._grow(choice, planned, width, rows, num_others=len(decoding) - at)
             if not width:
                 continue
+            if wanted.rest_len:
+                wanted.rest()
             choice.in_flight_len = in_flight + width
             row_choices.append(choice)
             row_widths.append(width)
@@ -111,23 +112,9 @@ class Planner:
 
         limit = cap(num_rows)
         if limit < config.max_drafts:  # count those that want drafts only where it matters
-            drafting = 0
-            for choice in self.state.decoding:
-                if choice.draft_len or (choice.draft_pause and choice.draft_wait <= 1):
-                    drafting += 1
+            drafting = sum(1 for choice in self.state.decoding if choice.draft_len.now)
             limit = cap(drafting) if drafting else 0
         return limit
-
-    def _wait_for_probe(self, choice: Choice) -> int:
-        """One step of a pause; the drafts of this step, which are more than 0 when the pause is over."""
-        rule = self.config.adaptive_drafts
-        choice.draft_wait -= 1
-        if choice.draft_wait > 0 or rule is None:
-            return 0
-        choice.draft_len = choice.max_drafts
-        choice.draft_steps = rule.window - rule.probe_window
-        choice.draft_accepted = choice.draft_failures = 0
-        return choice.draft_len
 
     def _grow(self, choice: Choice, planned: int, width: int, rows: Rows, *, num_others: int) -> int:
         """Reserves blocks for a decode row: without drafts if they don't fit, else at the expense of the newest choice.

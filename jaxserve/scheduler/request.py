@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
 
 from jaxserve.sampling_params import RepetitionDetection, SamplingParams
+from jaxserve.scheduler.adaptive import DraftLen
 
 if TYPE_CHECKING:
     from jaxserve.scheduler.siblings import Siblings
@@ -65,13 +66,8 @@ class Choice:
         "choice_id",
         "computed_len",
         "deadline",
-        "draft_accepted",
-        "draft_failures",
         "draft_len",
-        "draft_pause",
-        "draft_steps",
         "draft_token_ids",
-        "draft_wait",
         "eos_token_ids",
         "epoch",
         "finish_reason",
@@ -79,7 +75,6 @@ class Choice:
         "in_flight_len",
         "index",
         "limit_len",
-        "max_drafts",
         "max_output_len",
         "min_output_len",
         "num_cached_tokens",
@@ -173,14 +168,8 @@ class Choice:
         self.repetition_at = 0  # output length of the next look
         self.quiet_len = 0  # an output shorter than this, without a stop id, goes on and has nothing to publish
         # speculation
-        self.max_drafts = 0
+        self.draft_len = DraftLen(0, None)
         self.draft_token_ids: list[int] | None = None  # host drafts, from set_drafts to the next schedule
-        self.draft_len = 0  # drafts wanted now; see adaptive.py for the rest
-        self.draft_steps = 0
-        self.draft_accepted = 0
-        self.draft_failures = 0
-        self.draft_wait = 0
-        self.draft_pause = 0
 
     @property
     def tokens_len(self) -> int:

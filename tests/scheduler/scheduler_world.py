@@ -271,8 +271,8 @@ class World:
 
     def _propose(self, pick: Pick) -> None:
         for choice in list(self.scheduler.state.decoding):
-            if choice.max_drafts and not choice.in_flight_len and choice.computed_len >= choice.prefill_len:
-                drafted, accepted = pick(choice.max_drafts)
+            if choice.draft_len.most and not choice.in_flight_len and choice.computed_len >= choice.prefill_len:
+                drafted, accepted = pick(choice.draft_len.most)
                 right = self.device._continuation(self.device.slots[choice.slot], choice, drafted)
                 if accepted < drafted:
                     right[accepted] = (right[accepted] + 1) % VOCAB_SIZE

@@ -69,8 +69,8 @@ def decode(accept, rule, steps=40):
 def test_drafts_that_fail_stop_and_are_probed():
     planned = decode(lambda step: 0, RULE)
     assert planned[:4] == [4, 4, 4, 4]
-    assert sum(map(bool, planned[4:])) == 4  # nothing but one probe after 3, 6, 10 and 10 steps
-    assert all(planned[step] == 4 for step in (6, 12, 22, 32))
+    assert sum(map(bool, planned[4:])) == 4  # nothing but one probe after 3, 6, 10 and 10 steps without
+    assert all(planned[step] == 4 for step in (7, 14, 25, 36))
 
 
 def test_drafts_come_back():
