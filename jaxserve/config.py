@@ -6,6 +6,8 @@ fill it. ``None`` means "decided from the model and the machine"; ``jaxserve.eng
 
 from __future__ import annotations
 
+import numbers
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jaxserve.errors import ConfigError
-from jaxserve.sampling_params import RepetitionDetection
+from jaxserve.sampling_params import MAX_SEED, RepetitionDetection, is_integer
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3", "int8"]
@@ -21,17 +23,76 @@ Quantization = Literal["int8", "int4", "fp8", "fp8_weight_only"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 Implementation = Literal["auto", "xla", "pallas_gpu", "pallas_tpu"]
 Policy = Literal["fcfs", "priority"]
+MAX_SECONDS = 1e9  # threads can't wait for as long as they like
+
+
+def _from_dict[T](cls: type[T], settings: Mapping[str, Any]) -> T:
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(settings) - known):
+        raise ConfigError(f"unknown setting {unknown[0]!r} of {cls.__name__}; known: {', '.join(sorted(known))}")
+    return cls(**settings)
+
+
+def _check_quantization(value: Any, name: str) -> None:
+    if value is not None and value not in get_args(Quantization):
+        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(get_args(Quantization))}, or None")
+
+
+def _integer(owner: Any, name: str, low: int, high: int | None = None) -> None:
+    value = getattr(owner, name)
+    if not is_integer(value) or value < low or (high is not None and value > high):
+        span = f"of at least {low}" if high is None else f"in {low}..{high}"
+        raise ConfigError(f"{name} is {value!r}; allowed: an integer {span}")
+    object.__setattr__(owner, name, int(value))
+
+
+def _boolean(owner: Any, name: str) -> None:
+    if not isinstance(value := getattr(owner, name), bool):
+        raise ConfigError(f"{name} is {value!r}; allowed: True, False")
+
+
+def _path(owner: Any, name: str, *, optional: bool = False) -> None:
+    """A path, or what else a string may name; ``os.PathLike`` becomes a string."""
+    value = getattr(owner, name)
+    if value is None and optional:
+        return
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError(
+            f"{name} is {value!r}; allowed: a path, as a string or a Path{', or None' if optional else ''}"
+        )
+    object.__setattr__(owner, name, text)
+
+
+def _nested(owner: Any, name: str, cls: type[Any], *, optional: bool = False) -> None:
+    """A config inside another; a mapping of its fields becomes one."""
+    value = getattr(owner, name)
+    if isinstance(value, Mapping):
+        object.__setattr__(owner, name, _from_dict(cls, value))
+    elif not isinstance(value, cls) and not (value is None and optional):
+        raise ConfigError(
+            f"{name} is {value!r}; allowed: a {cls.__name__}, a dict of its fields{', or None' if optional else ''}"
+        )
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(value > 0)  # type: ignore[operator]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Caps on variable-size request fields; a request above a cap is refused. They size device arrays."""
+    """Caps on variable-size request fields; a request above a cap is refused. Most size device arrays."""
 
     max_stop_token_ids: int = 32  # EOS ids included
     max_logit_bias: int = 64
     max_bad_words: int = 16
     max_bad_word_len: int = 8  # tokens
     max_logprobs: int = 20
+    max_repetition_pattern: int = 512  # tokens; of repetition_detection: what one look for loops costs grows with it
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _integer(self, f.name, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +131,8 @@ class SpeculativeConfig:
                 "speculative_config has method 'draft_model' and neither 'model' (a checkpoint) nor 'quantization' "
                 "(such as 'int8': a copy of the target drafts); give one of them, or both"
             )
+        _path(self, "model", optional=True)
+        _boolean(self, "adaptive")
         _integer(self, "num_speculative_tokens", 1)
         _integer(self, "prompt_lookup_min", 1)
         _integer(self, "prompt_lookup_max", self.prompt_lookup_min)
@@ -118,8 +181,8 @@ class EngineConfig:
         watchdog_seconds: a step that takes longer than this kills the engine, loudly.
         strict_compile: an executable born after warm-up is an error instead of a counted warning.
         compilation_cache_dir: where compiled executables are kept for the next start, as is JAX's own cache; a
-            directory to be trusted like the installation. None: nothing is kept.
-        limits: caps on what one request may bring, a Limits.
+            directory to be trusted like the installation. It is made where there is none. None: nothing is kept.
+        limits: caps on what requests ask for: a Limits or a dict of its fields.
     """
 
     model: str
@@ -155,6 +218,11 @@ class EngineConfig:
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
+        _path(self, "model")
+        for name in ("tokenizer", "compilation_cache_dir"):
+            _path(self, name, optional=True)
+        for name in ("skip_tokenizer_init", "enable_prefix_caching", "strict_compile"):
+            _boolean(self, name)
         for name, allowed in (
             ("dtype", get_args(DType)),
             ("kv_cache_dtype", get_args(KVCacheDType)),
@@ -180,55 +248,38 @@ class EngineConfig:
         ):
             if getattr(self, name) is not None:
                 _integer(self, name, low)
+        _integer(self, "seed", -MAX_SEED - 1, MAX_SEED)
         if not self.run_ahead and (self.steps_per_dispatch or 1) > 1:
             raise ConfigError(
                 f"steps_per_dispatch is {self.steps_per_dispatch} with run_ahead 0; allowed: 1, or a run_ahead above 0"
             )
         _check_quantization(self.quantization, "quantization")
-        if isinstance(self.speculative_config, Mapping):
-            object.__setattr__(self, "speculative_config", _from_dict(SpeculativeConfig, self.speculative_config))
-        if isinstance(self.repetition_detection, Mapping):
-            object.__setattr__(self, "repetition_detection", _from_dict(RepetitionDetection, self.repetition_detection))
-        if not isinstance(self.repetition_detection, RepetitionDetection):
-            raise ConfigError(
-                f"repetition_detection is {self.repetition_detection!r}; allowed: a RepetitionDetection or its fields"
-            )
+        _nested(self, "speculative_config", SpeculativeConfig, optional=True)
+        _nested(self, "limits", Limits)
+        _nested(self, "repetition_detection", RepetitionDetection)
         _integer(self.repetition_detection, "min_pattern_size", 1)
         _integer(self.repetition_detection, "max_pattern_size", self.repetition_detection.min_pattern_size)
         _integer(self.repetition_detection, "min_count", 2)
+        if (longest := self.repetition_detection.max_pattern_size) > self.limits.max_repetition_pattern:
+            raise ConfigError(
+                f"repetition_detection's max_pattern_size is {longest}; allowed: at most "
+                f"{self.limits.max_repetition_pattern} (limits.max_repetition_pattern)"
+            )
         for name in ("max_seconds", "watchdog_seconds"):
             seconds = getattr(self, name)
-            if not (seconds is None and name == "max_seconds") and not _above_zero(seconds):
-                raise ConfigError(f"{name} is {seconds!r}; allowed: a number of seconds above 0")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            if not (seconds is None and name == "max_seconds") and not (
+                _above_zero(seconds) and seconds <= MAX_SECONDS
+            ):
+                raise ConfigError(
+                    f"{name} is {seconds!r}; allowed: a number of seconds above 0, at most {MAX_SECONDS:g}"
+                )
+        if not _above_zero(self.gpu_memory_utilization) or self.gpu_memory_utilization > 1:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; allowed: a share in (0, 1]")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> EngineConfig:
         """Builds from a mapping; an unknown key is refused by name."""
         return _from_dict(cls, settings)
-
-
-def _from_dict[T](cls: type[T], settings: Mapping[str, Any]) -> T:
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(settings) - known):
-        raise ConfigError(f"unknown setting {unknown[0]!r} of {cls.__name__}; known: {', '.join(sorted(known))}")
-    return cls(**settings)
-
-
-def _check_quantization(value: Any, name: str) -> None:
-    if value is not None and value not in get_args(Quantization):
-        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(get_args(Quantization))}, or None")
-
-
-def _integer(owner: Any, name: str, low: int) -> None:
-    value = getattr(owner, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"{name} is {value!r}; allowed: an integer of at least {low}")
-
-
-def _above_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

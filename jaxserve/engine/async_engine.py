@@ -21,7 +21,7 @@ from jaxserve.engine.events import ChoiceEvent
 from jaxserve.engine.prompts import Prompt, parse_prompt
 from jaxserve.engine.requests import Request, RequestBuilder
 from jaxserve.engine.submission import HEALTH_SECONDS, raise_dead
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.codec import Codec
@@ -43,6 +43,8 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig):
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(f"config is {config!r}; allowed: an EngineConfig, such as EngineConfig(model=...)")
         from jaxserve.engine.build import build_engine  # imports jax
 
         self._use(build_engine(config))

@@ -29,7 +29,7 @@ from jaxserve.runner.compile import measure_temp
 from jaxserve.runner.compiler import Compiler
 from jaxserve.runner.config import NgramConfig, RunnerConfig
 from jaxserve.runner.draft import DraftModel
-from jaxserve.runner.executable_cache import ExecutableCache
+from jaxserve.runner.executable_cache import ExecutableCache, make_directory
 from jaxserve.runner.executables import propose_keys, sample_keys
 from jaxserve.runner.memory import MemoryPlan, check_fits, plan_blocks
 from jaxserve.runner.runner import Runner
@@ -83,6 +83,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(checkpoint, config.tokenizer)
     eos = checkpoint.eos_token_ids if tokenizer is None else eos_token_ids(checkpoint, tokenizer)
     if config.compilation_cache_dir is not None:
+        make_directory(config.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     platform = _platform()
     config = _resolve(config, checkpoint.config, platform)

@@ -204,6 +204,12 @@ class RequestBuilder:
                 f"logit_bias has {len(params.logit_bias or ())} entries; allowed: at most {limits.max_logit_bias} "
                 "(the engine's limits.max_logit_bias)"
             )
+        loop = params.repetition_detection
+        if loop is not None and loop.max_pattern_size > limits.max_repetition_pattern:
+            raise InvalidRequestError(
+                f"repetition_detection's max_pattern_size is {loop.max_pattern_size}; allowed: at most "
+                f"{limits.max_repetition_pattern} (the engine's limits.max_repetition_pattern)"
+            )
         drafts = self._config.speculative_config
         most = drafts.num_speculative_tokens if drafts else 0
         if (params.num_speculative_tokens or 0) > most:

@@ -25,9 +25,27 @@ from jax.experimental import serialize_executable
 
 import jaxserve.models
 import pallas_kernels
+from jaxserve.errors import ConfigError
 from jaxserve.runner.compiler import Compiler, Task
 
 logger = logging.getLogger("jaxserve")
+
+
+def make_directory(directory: str) -> None:
+    """Makes the directory for executables, before anything is loaded that would be lost.
+
+    One that is there and can't be written may still be read from: that costs a warning, later.
+
+    Raises:
+        ConfigError: it isn't there and can't be made.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"compilation_cache_dir is {directory!r}, which can't be made ({error.strerror}); allowed: a directory, or "
+            "a path where one can be made"
+        ) from error
 
 
 @dataclass(frozen=True)

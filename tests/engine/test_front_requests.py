@@ -94,6 +94,7 @@ def test_other_shapes_are_refused(prompts, named):
         ("hello", {"bad_words": ["much too long"]}, "'much too long', which is 13 tokens; allowed: at most 8"),
         ("hello", {"bad_words": list("abcdefghi")}, "18 token sequences .* at most 16"),
         ("hello", {"bad_words": [" "]}, "bad_words holds ' '"),
+        ("hello", {"repetition_detection": {"max_pattern_size": 513}}, "max_pattern_size is 513; allowed: at most 512"),
         ("hello", {"priority": 1}, "priority is 1; allowed: 0"),
         ("hello", {"num_speculative_tokens": 3}, "num_speculative_tokens is 3"),
     ],
