@@ -6,10 +6,12 @@ given by ``--config`` (``cli_file.py``), the flags.
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import json
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -72,14 +74,14 @@ def parse(
     *,
     sampling: bool = True,
 ) -> Settings:
-    """Parses a command's arguments; wrong flags end the process with a message and status 2, as ``--help`` does with 0.
+    """Parses a command's arguments; a flag's wrong or missing value ends the process with status 2, ``--help`` with 0.
 
     Args:
         command_fields: the command's own flags, as ``dataclasses.make_dataclass`` takes them.
         sampling: whether the command has sampling flags.
 
     Raises:
-        ConfigError, InvalidRequestError: a setting is unknown or out of range.
+        ConfigError, InvalidRequestError: a flag or a setting is unknown, or a value out of range.
     """
     path = _config_path(args)
     file_engine, file_sampling = ({}, {}) if path is None else read_settings(path, NOT_IN_FILES)
@@ -89,6 +91,7 @@ def parse(
     if sampling:
         spec += _sampling_fields(file_sampling)
     flags = make_dataclass("Flags", [f for f in spec if len(f) == 2] + [f for f in spec if len(f) == 3], kw_only=True)
+    _refuse_unknown(prog, args, ["-h", "--help", *_names(flags)])
     parsed = vars(tyro.cli(flags, args=list(args), prog=prog, description=description, config=(_append,)))
     engine = {f.name: parsed[RENAMED.get(f.name, f.name)] for f in fields(EngineConfig)}
     engine["speculative_config"] = _speculative(engine["speculative_config"], file_engine)
@@ -112,6 +115,35 @@ def _config_path(args: Sequence[str]) -> str | None:
         if arg.startswith("--config="):
             return arg.removeprefix("--config=")
     return None
+
+
+def _names(flags: type, prefix: str = "--") -> Iterator[str]:
+    """The flags that tyro makes of a dataclass."""
+    hints = typing.get_type_hints(flags, include_extras=True)
+    for f in fields(flags):
+        annotated = typing.get_origin(hints[f.name]) is Annotated
+        kind, *marks = typing.get_args(hints[f.name]) if annotated else (hints[f.name],)
+        name = f.name.replace("_", "-")
+        if is_dataclass(kind):
+            yield from _names(typing.cast(type, kind), f"{prefix}{name}.")
+        elif tyro.conf.Positional not in marks:
+            yield f"{prefix}{name}"
+            if kind is bool:
+                yield f"{prefix}no-{name}"
+
+
+def _refuse_unknown(prog: str, args: Sequence[str], known: Sequence[str]) -> None:
+    """tyro takes what follows an unknown flag as its values, and then misses the prompt."""
+    for arg in itertools.takewhile(lambda arg: arg != "--", args):
+        name = arg.partition("=")[0]
+        is_flag = name.startswith("--") or (name.startswith("-") and name[1:2].isalpha())
+        if is_flag and name.replace("_", "-") not in known and not name.startswith("--tyro-"):
+            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+            raise ConfigError(
+                f"unknown flag {name!r}; "
+                + (f"did you mean {near[0]!r}? " if near else "")
+                + f"{prog} --help lists the known ones; a text that begins with - goes after --"
+            )
 
 
 def _engine_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -153,7 +153,7 @@ def test_an_engine_that_cant_be_built_is_one_clear_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "jaxserve: no model at 'm'\n"
 
 
-@pytest.mark.parametrize("args", [["generate", "x"], ["generate", "--model", "m", "--nonsense", "x"]])
+@pytest.mark.parametrize("args", [["generate", "x"], ["generate", "--model", "m", "--top-k", "many", "x"]])
 def test_wrong_flags_end_with_status_2(capsys, args):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(args)

@@ -1,9 +1,12 @@
 """Flags and files of settings: defaults, help, and what is refused."""
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import tyro
 
 from jaxserve import SamplingParams, cli, cli_flags
 from jaxserve.config import EngineConfig
@@ -41,6 +44,44 @@ def test_repetition_is_flags_and_a_table_of_a_file(tmp_path):
     engine = cli_flags.parse("p", "", args, []).engine
     rule = engine.repetition_detection
     assert (engine.repetition, rule.min_count, rule.max_pattern_size, rule.min_pattern_size) == ("stop", 5, 9, 1)
+
+
+PROMPT = [("prompt", Annotated[str, tyro.conf.Positional])]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--max-tokns", "3"], "unknown flag '--max-tokns'; did you mean '--max-tokens'?"),
+        (["--max_tokns=3"], "unknown flag '--max_tokns'; did you mean '--max-tokens'?"),
+        (["--limits.max-logprob", "3"], "did you mean '--limits.max-logprobs'?"),
+        (["--no-ignore-eoss"], "did you mean '--no-ignore-eos'?"),
+        (["--prompt", "x"], "unknown flag '--prompt'"),
+        (["-x"], "unknown flag '-x'; p --help lists"),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_an_unknown_flag_is_refused_with_the_nearest_known_one(flags, named, before):
+    args = [*flags, "hi"] if before else ["hi", *flags]
+    with pytest.raises(ConfigError) as error_info:
+        cli_flags.parse("p", "", ["--model", "m", *args], PROMPT)
+    assert named in str(error_info.value)
+
+
+def test_what_looks_like_a_flag_may_be_a_value():
+    args = ["--model", "m", "--stop=--x", "--logit_bias", "6", "-1.5", "--no-ignore-eos", "--", "--hi"]
+    settings = cli_flags.parse("p", "", args, PROMPT)
+    assert settings.command["prompt"] == "--hi"
+    assert settings.sampling["stop"] == ("--x",) and settings.sampling["logit_bias"] == {6: -1.5}
+
+
+def test_the_known_flags_are_those_that_help_shows(capsys, monkeypatch):
+    known = []
+    monkeypatch.setattr(cli_flags, "_refuse_unknown", lambda prog, args, names: known.extend(names))
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    shown = re.findall(r"^[ │|]*(--?[a-z].*)", capsys.readouterr().out, re.MULTILINE)
+    assert {part.split()[0] for line in shown for part in line.split(", ")} == set(known)
 
 
 def test_limits_are_flags():
