@@ -205,9 +205,12 @@ def figures(output: RequestOutput, info: Mapping[str, Any]) -> str:
 def _ask() -> str | None:
     """A line from the user; None at the end of the input or on Ctrl-C."""
     try:
-        return input("\nyou> ").strip()
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            return input("\nyou> ").strip()  # line editing must know the prompt
+        print("\nyou> ", end="", file=sys.stderr, flush=True)
+        return input().strip()
     except (EOFError, KeyboardInterrupt):
-        print()
+        print(file=sys.stderr)
         return None
 
 
@@ -221,7 +224,8 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) ->
     try:
         show(stream)
     except KeyboardInterrupt:
-        print(" [stopped]")
+        print(" [stopped]", file=sys.stderr)
+        print(flush=True)
     output = stream.output()
     print(figures(output, llm.engine.info), file=sys.stderr)
     return [*messages, {"role": "assistant", "content": output.outputs[0].text}]
