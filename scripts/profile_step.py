@@ -27,7 +27,7 @@ import jax
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build_engine
-from jaxserve.engine.core import EngineCore
+from jaxserve.engine.core import EngineCore, next_plans, num_due
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.request import Choice
 
@@ -52,18 +52,14 @@ class Loop:
     def step(self) -> None:
         clock = time.perf_counter
         times = [clock()]
-        plans: list[Any] = []
-        while (not plans or self.runner.takes_another(plans)) and (plan := self.scheduler.schedule()) is not None:
-            plans.append(plan)
+        plans = next_plans(self.scheduler, self.runner)
         times.append(clock())
         self.in_flight.extend(zip(plans, self.runner.dispatch(plans), strict=True))
         times.append(clock())
         self.seconds["schedule"].append(times[1] - times[0])
         self.seconds["dispatch"].append(times[2] - times[1])
         self.num_steps += len(plans)
-        if not plans and self.in_flight:
-            self.commit_oldest()
-        while len(self.in_flight) > max(self.run_ahead, len(plans)):
+        for _ in range(num_due(len(self.in_flight), len(plans), self.run_ahead)):
             self.commit_oldest()
 
     def commit_oldest(self) -> None:

@@ -45,6 +45,22 @@ class StepRunner(Protocol):
     def fetch(self, step: Any) -> StepResult: ...
 
 
+def next_plans(scheduler: Scheduler, runner: StepRunner) -> list[StepPlan]:
+    """The next plans, as many as the runner can send in one call; none before a result is committed, or at all."""
+    plans: list[StepPlan] = []
+    while (not plans or runner.takes_another(plans)) and (plan := scheduler.schedule()) is not None:
+        plans.append(plan)
+    return plans
+
+
+def num_due(num_in_flight: int, num_new: int, run_ahead: int) -> int:
+    """How many of the oldest steps in flight to commit after a turn that sent ``num_new``, which are among them."""
+    if not num_new:  # nothing can be planned before a result
+        return min(1, num_in_flight)
+    # A burst stays in flight while the next is planned; nothing of it could be read earlier anyway.
+    return max(0, num_in_flight - max(run_ahead, num_new))
+
+
 @dataclass(frozen=True, slots=True)
 class _Finish:
     choice_id: int
@@ -214,29 +230,17 @@ class EngineCore:
         """One turn: plan and dispatch what can be planned; then, or else, commit the oldest steps."""
         self.heartbeat = time.monotonic()
         self._expire()
-        plans = self._plan()
+        plans = next_plans(self.scheduler, self.runner)
         if plans:
             self._in_flight.extend(zip(plans, self.runner.dispatch(plans), strict=True))
-            # A burst stays in flight while the next is planned; nothing of it could be read earlier anyway.
-            while len(self._in_flight) > max(self._run_ahead, len(plans)):
-                self._commit_oldest()
-        else:
+        for _ in range(num_due(len(self._in_flight), len(plans), self._run_ahead)):
             self._commit_oldest()
         if self._check_invariants:
             self.scheduler.check_invariants()
         if self._strict_compile and self._guard.num_compiles:
             raise CompileAfterWarmupError("an executable was compiled while serving; strict_compile forbids it")
 
-    def _plan(self) -> list[StepPlan]:
-        """The next plans, as many as the runner can send in one call; none before a result is committed, or at all."""
-        plans: list[StepPlan] = []
-        while (not plans or self.runner.takes_another(plans)) and (plan := self.scheduler.schedule()) is not None:
-            plans.append(plan)
-        return plans
-
     def _commit_oldest(self) -> None:
-        if not self._in_flight:
-            return
         plan, step = self._in_flight.popleft()
         result = self.runner.fetch(step)
         self.heartbeat = time.monotonic()

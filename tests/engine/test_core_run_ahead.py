@@ -3,11 +3,20 @@
 import pytest
 from core_world import FakeRunner, Sink, expected, make_choice, make_core, run
 
+from jaxserve.engine.core import num_due
+
 
 def dispatched_before(log, step_id):
     """Number of steps dispatched when ``step_id`` was fetched."""
     before = log[: log.index(("fetch", step_id))]
     return sum(what == "dispatch" for what, _ in before)
+
+
+def test_how_many_steps_are_due():
+    """Sent steps stay in flight up to run_ahead, or a whole burst; without new ones the oldest is awaited."""
+    due = {(flight, new): num_due(flight, new, 2) for flight in range(6) for new in (0, 1, 4) if flight >= new}
+    idle = {(0, 0): 0} | {(flight, 0): 1 for flight in range(1, 6)}
+    assert due == idle | {(1, 1): 0, (2, 1): 0, (3, 1): 1, (4, 1): 2, (5, 1): 3} | {(4, 4): 0, (5, 4): 1}
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 2, 3])
