@@ -22,7 +22,10 @@ def read_settings(path: str, not_sampling: tuple[str, ...]) -> tuple[dict[str, A
     Raises:
         ConfigError: the file can't be read, or holds something unknown or wrong; names the file and the setting.
     """
-    engine = read_toml(path)
+    try:
+        engine = read_toml(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path!r} isn't valid TOML, which is UTF-8: {error}") from error
     sampling = _table(path, "sampling", engine.pop("sampling", {}))
     _known(path, "an unknown engine setting ", engine, EngineConfig)
     for name, cls in TABLES.items():

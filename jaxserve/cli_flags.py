@@ -51,6 +51,11 @@ IF_ABSENT = {
     "allowed_token_ids": "all",
     "num_speculative_tokens": "the engine's",
 }
+SWITCH_HELPS = {
+    "include_stop_str_in_output": "the text keeps the stop string that ended it",
+    "ignore_eos": "go on where the model ends its answer",
+    "skip_special_tokens": "leave special tokens out of the text",
+}
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,8 @@ def _sampling_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
         if f.name in NOT_FLAGS:
             continue
         if hints[f.name] is bool:
-            spec.append((f.name, bool, field(default=file.get(f.name, f.default))))
+            kind = _described(bool, SWITCH_HELPS[f.name])
+            spec.append((f.name, kind, field(default=file.get(f.name, f.default))))
             continue
         about = f"if not given: {_if_absent(f.name, file.get(f.name), f.default)}"
         if f.name in FLAG_TYPES:

@@ -97,7 +97,7 @@ def help_of(capsys, *args):
     lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
     helps, name = {}, ""
     for line in lines:
-        if line.startswith(("--", "-h")):
+        if re.match("--?[a-z]", line):
             name = line.split()[0].rstrip(",")
             helps[name] = ""
         else:
@@ -121,9 +121,19 @@ def test_help_says_what_the_file_sets(capsys, tmp_path):
     assert help_of(capsys, "--config", str(file))["--top-k"] == "if not given: 5"
 
 
-def test_every_engine_setting_has_a_help_text():
-    helps = cli_flags._helps(EngineConfig)
-    assert [f.name for f in dataclasses.fields(EngineConfig) if not helps.get(f.name)] == []
+def test_every_flag_has_a_help_text(capsys):
+    nested = ("--limits.", "--repetition-detection.")  # explained as a group
+    helps = help_of(capsys)
+    assert [name for name, text in helps.items() if re.match(r"(\(.*\))?$", text) and not name.startswith(nested)] == []
+    documented = cli_flags._helps(EngineConfig)
+    assert [f.name for f in dataclasses.fields(EngineConfig) if not documented.get(f.name)] == []
+
+
+def test_a_file_that_isnt_text_is_refused(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_bytes(b'model = "\xff"')
+    with pytest.raises(ConfigError, match="c.toml' isn't valid TOML, which is UTF-8"):
+        cli_flags.parse("p", "", ["--config", str(file)], [])
 
 
 @pytest.mark.parametrize(
