@@ -3,7 +3,7 @@
 from array import array
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scheduler_world import HashModel, World, loops_by_definition
 
@@ -11,15 +11,20 @@ from jaxserve.sampling_params import RepetitionDetection, SamplingParams
 from jaxserve.scheduler import SchedulerConfig
 from jaxserve.scheduler.repetition import repeated_pattern_len
 
+TOKENS = st.sampled_from([0, 1, 256, 1 << 16])  # as bytes, one is found across two others
+
 
 @given(
-    st.lists(st.integers(0, 2), max_size=12),
-    st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    st.lists(TOKENS, max_size=12),
+    st.lists(TOKENS, min_size=1, max_size=5),
     st.integers(0, 6),
     st.integers(1, 4),
     st.integers(0, 4),
     st.integers(2, 4),
 )
+@example([], [0, 1], 40, 17, 3, 4)  # more tokens must recur than are searched for
+@example([1] * 10, [0], 31, 16, 4, 2)
+@example([], [1 << 16, 0, 256] * 6 + [1], 2, 1, 30, 2)
 def test_same_as_definition(head, pattern, times, smallest, more, count):
     rule = RepetitionDetection(min_pattern_size=smallest, max_pattern_size=smallest + more, min_count=count)
     output = head + pattern * times
