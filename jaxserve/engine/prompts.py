@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.text.codec import check_unicode
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -61,6 +62,8 @@ def _from_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
     salt = given.get("cache_salt")
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise InvalidRequestError(f"cache_salt is {salt!r}; allowed: a string that isn't empty")
+    if salt is not None:
+        check_unicode("cache_salt", salt)
     ids = _token_ids(given["prompt_token_ids"]) if "prompt_token_ids" in given else None
     text = _text(given["prompt"]) if "prompt" in given else None
     return ParsedPrompt(text, ids, salt)
@@ -71,6 +74,7 @@ def _text(text: Any) -> str:
         raise InvalidRequestError(f"the prompt is {_show(text)}; allowed: a string")
     if not text:
         raise InvalidRequestError("the prompt is empty; it needs at least one character")
+    check_unicode("the prompt", text)
     return text
 
 

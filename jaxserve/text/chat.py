@@ -15,6 +15,16 @@ from jaxserve.text.codec import Codec
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
+# What template code may raise; deep recursion is its own too.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 RESERVED = (
     "conversation",
     "tools",
@@ -61,6 +71,10 @@ def render_chat(
             "add_generation_prompt and continue_final_message are both True; "
             "to continue the last message, pass add_generation_prompt=False"
         )
+    if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+        raise InvalidRequestError(
+            f"chat_template_kwargs is {chat_template_kwargs!r}; allowed: a dict of the template's variables, or None"
+        )
     extra = dict(chat_template_kwargs or {})
     if taken := [name for name in RESERVED if name in extra]:
         raise InvalidRequestError(f"chat_template_kwargs holds {taken[0]!r}; allowed: other variables of the template")
@@ -79,7 +93,7 @@ def render_chat(
             tokenize=False,
             **extra,
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:  # what template code may raise
+    except _TEMPLATE_ERRORS as error:
         if isinstance(error, InvalidRequestError):
             raise
         raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error

@@ -9,6 +9,21 @@ from typing import Any
 from jaxserve.errors import InvalidRequestError
 
 
+def check_unicode(what: str, text: str) -> None:
+    """Refuses half a surrogate pair, which Python's strings may hold and no encoding of text can.
+
+    Raises:
+        InvalidRequestError: says which, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{what} holds {text[error.start]!r} at index {error.start}, half of a surrogate pair; allowed: "
+            "Unicode text"
+        ) from error
+
+
 class Codec:
     """Text to ids and back, safe from several threads.
 
@@ -25,6 +40,7 @@ class Codec:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if self.tokenizer is None:
             raise InvalidRequestError("the engine has no tokenizer (skip_tokenizer_init); pass token ids, not text")
+        check_unicode("the text", text)
         with self._lock:
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 

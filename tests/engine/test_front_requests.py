@@ -67,6 +67,9 @@ def test_every_shape_of_prompt_is_understood(prompts, expected):
         ({"prompt": 3}, "3"),
         ({"prompt_token_ids": "abc"}, "abc"),
         ({"prompt": "x", "cache_salt": ""}, "cache_salt"),
+        ({"prompt": "x", "cache_salt": "a\ud800"}, "cache_salt holds '.ud800' at index 1"),
+        ("ab\ud800", "the prompt holds '.ud800' at index 2, half of a surrogate pair; allowed: Unicode text"),
+        ({"prompt": "\udfff", "prompt_token_ids": [1]}, "the prompt holds '.udfff'"),
         ({"prompt": "x", "multi_modal_data": {"image": 1}}, "multi_modal_data"),
     ],
 )
@@ -94,6 +97,7 @@ def test_other_shapes_are_refused(prompts, named):
         ("hello", {"bad_words": ["much too long"]}, "'much too long', which is 13 tokens; allowed: at most 8"),
         ("hello", {"bad_words": list("abcdefghi")}, "18 token sequences .* at most 16"),
         ("hello", {"bad_words": [" "]}, "bad_words holds ' '"),
+        ("hello", {"bad_words": ["\ud800"]}, "the text holds '.ud800' at index 0"),
         ("hello", {"repetition_detection": {"max_pattern_size": 513}}, "max_pattern_size is 513; allowed: at most 512"),
         ("hello", {"priority": 1}, "priority is 1; allowed: 0"),
         ("hello", {"num_speculative_tokens": 3}, "num_speculative_tokens is 3"),

@@ -70,6 +70,12 @@ def test_parts_of_text_are_joined():
         ([USER], {"chat_template": "{{ ''.__class__.__mro__ }}"}, "chat template"),
         ([USER], {"chat_template": "{{ 1 + 'x' }}"}, "chat template"),
         ([USER], {"chat_template": "{{ '' }}"}, "empty"),
+        ([USER], {"chat_template": "{{ 1 // 0 }}"}, "the chat template refuses the messages"),
+        ([USER], {"chat_template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"}, "the chat template refuses"),
+        ([USER], {"chat_template": "{{ 10.0 ** 400 }}"}, "the chat template refuses the messages"),
+        ([USER], {"chat_template": "{{ [][1] + 1 }}"}, "the chat template refuses the messages"),
+        ([USER], {"chat_template_kwargs": [1]}, r"chat_template_kwargs is \[1\]; allowed: a dict"),
+        ([{"role": "user", "content": "a\ud800"}], {}, "surrogate pair; allowed: Unicode text"),
     ],
 )
 def test_bad_input_is_refused_by_name(messages, kwargs, named):
