@@ -21,7 +21,7 @@ ALLOWED = {
     "jaxserve.sampling": ("jaxserve.errors", "jaxserve.config", "jaxserve.sampling_params"),
     "jaxserve.speculation": (),
     "jaxserve.text": ("jaxserve.errors",),
-    "jaxserve.weights": ("jaxserve.errors", "jaxserve.config", "jaxserve.models"),
+    "jaxserve.weights": ("jaxserve.errors", "jaxserve.config", "jaxserve.sampling_params", "jaxserve.models"),
     "jaxserve.runner": (
         "pallas_kernels",
         "jaxserve.models",

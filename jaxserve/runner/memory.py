@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from jaxserve.errors import KVCacheTooSmallError
 
 CPU_KV_BYTES = 1 << 30
+EXPLICIT = ("num_gpu_blocks_override", "kv_cache_memory_bytes")
+SHARE = "gpu_memory_utilization"
 GRAPH_RESERVE_BYTES = 512 << 20  # recorded graphs, library workspaces and results in flight
 
 
@@ -87,9 +89,11 @@ def check_fits(plan: MemoryPlan, *, max_model_len: int, block_size: int) -> None
     if plan.num_blocks >= needed:
         return
     fits = max(plan.num_blocks, 0) * block_size
+    setting = plan.source if plan.source in EXPLICIT else "kv_cache_memory_bytes" if plan.limit is None else SHARE
+    advice = f"raise {setting}"
+    if fits >= 2:  # the shortest context: a prompt's token and one of output
+        advice = f"the largest max_model_len that fits is {fits}; lower max_model_len, or {advice}"
     raise KVCacheTooSmallError(
         f"max_model_len {max_model_len} needs {needed} KV blocks of {block_size} tokens "
-        f"({readable(needed * plan.block)}), but {plan.source} gives {max(plan.num_blocks, 0)}; "
-        f"the largest max_model_len that fits is {fits}. Lower max_model_len, or raise kv_cache_memory_bytes or "
-        "gpu_memory_utilization"
+        f"({readable(needed * plan.block)}), but {plan.source} gives {max(plan.num_blocks, 0)}; {advice}"
     )

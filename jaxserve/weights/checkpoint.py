@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.weights.config_file import read_model_toml
-from jaxserve.weights.generation import eos_ids, sampling_defaults, union
+from jaxserve.weights.generation import check_eos_ids, eos_ids, sampling_defaults, union
 from jaxserve.weights.gguf import GGUFSource, gguf_config
 from jaxserve.weights.gguf_file import GGUFFile
 from jaxserve.weights.gguf_tokenizer import gguf_eos_ids
@@ -106,6 +106,12 @@ def _open_hf(path: Path, *, with_weights: bool) -> Checkpoint:
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     text = settings.get("text_config")
+    written = union(
+        eos_ids(generation, str(generation_path)),
+        eos_ids(settings, str(path / "config.json")),
+        eos_ids(text, str(path / "config.json")) if isinstance(text, dict) else (),
+    )
+    check_eos_ids(written, config.vocab_size, str(path))  # a tokenizer may know more tokens than the model
     source = SafetensorsSource(path) if with_weights else None
     if source is not None:
         check_tensors(source, config, str(path))
@@ -113,12 +119,7 @@ def _open_hf(path: Path, *, with_weights: bool) -> Checkpoint:
         path=path,
         load_format="safetensors" if with_weights else "dummy",
         config=config,
-        eos_token_ids=union(
-            eos_ids(generation, str(generation_path)),
-            eos_ids(settings, str(path / "config.json")),
-            eos_ids(text, str(path / "config.json")) if isinstance(text, dict) else (),
-            tokenizer_eos_ids(path),
-        ),
+        eos_token_ids=union(written, tokenizer_eos_ids(path)),
         sampling_defaults=sampling_defaults(generation, str(generation_path)),
         source=source,
     )

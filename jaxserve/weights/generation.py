@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.errors import CheckpointError
+from jaxserve.errors import CheckpointError, InvalidRequestError
+from jaxserve.sampling_params import SamplingParams
 
-# name: (lowest, highest) allowed value
-_SAMPLING_RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0.0, float("inf")),
-    "top_k": (-1, float("inf")),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, float("inf")),
-}
+_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def eos_ids(settings: Mapping[str, Any], where: str) -> tuple[int, ...]:
@@ -36,19 +30,29 @@ def sampling_defaults(generation: Mapping[str, Any], where: str) -> dict[str, fl
     ``do_sample: false`` is greedy, as in Hugging Face transformers: ``temperature`` 0 and no truncation.
 
     Raises:
-        CheckpointError: a setting isn't a number in its range.
+        CheckpointError: no request could have these settings.
     """
-    defaults: dict[str, float | int] = {}
-    for name, (low, high) in _SAMPLING_RANGES.items():
-        if (value := generation.get(name)) is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise CheckpointError(f"{name} of {where!r} is {value!r}; expected a number from {low:g} to {high:g}")
-        defaults[name] = value
+    defaults = {name: value for name in _SAMPLING_NAMES if (value := generation.get(name)) is not None}
     if generation.get("do_sample") is False:
         penalty = {k: v for k, v in defaults.items() if k == "repetition_penalty"}
-        return {"temperature": 0.0} | penalty
+        defaults = {"temperature": 0.0} | penalty
+    try:
+        SamplingParams(**defaults)
+    except InvalidRequestError as error:
+        raise CheckpointError(f"{where!r} has a sampling default that no request may have: {error}") from error
     return defaults
+
+
+def check_eos_ids(ids: tuple[int, ...], vocab_size: int, where: str) -> None:
+    """Every id must be the model's.
+
+    Raises:
+        CheckpointError: one is outside the vocabulary.
+    """
+    if wrong := [i for i in ids if i >= vocab_size]:
+        raise CheckpointError(
+            f"eos_token_id {wrong[0]} of {where!r} is outside the vocabulary; expected 0..{vocab_size - 1}"
+        )
 
 
 def union(*groups: tuple[int, ...]) -> tuple[int, ...]:

@@ -121,6 +121,8 @@ def _family(settings: Mapping[str, Any]) -> Family:
     known = ", ".join(CLASS_NAMES)
     kind = settings.get("model_type")
     classes = settings.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"architectures of the model's config is {classes!r}; expected a list of names")
     for name in classes:
         if name not in CLASS_NAMES:
             what = " (a mixture of experts)" if "moe" in name.lower() or "mixtral" in name.lower() else ""

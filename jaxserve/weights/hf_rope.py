@@ -37,6 +37,7 @@ def rope_configs(
         if not isinstance(value, Mapping):
             raise CheckpointError(f"{key} is {value!r}; expected an object")
     per_type = any(key in written for key in (GLOBAL, LOCAL))
+    _refuse_disagreement(old, (written.get(GLOBAL) or {}) if per_type else written)
     base = {"rope_theta": _number(settings, "rope_theta", theta)} | dict(old)
     base_local = dict(base)
     if local_theta is not None:  # windowed layers are never scaled
@@ -48,6 +49,16 @@ def rope_configs(
         GLOBAL: _rope(base | (written.get(GLOBAL) or {}) if per_type else base),
         LOCAL: _rope(base_local | (written.get(LOCAL) or {}) if per_type else base_local),
     }
+
+
+def _refuse_disagreement(old: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    """A config.json may have both spellings, for readers of either, and they must say the same."""
+    old, written = ({"rope_type" if k == "type" else k: v for k, v in one.items()} for one in (old, written))
+    for key in old.keys() & written.keys():
+        if old[key] != written[key]:
+            raise CheckpointError(
+                f"{key} is {old[key]!r} in rope_scaling and {written[key]!r} in rope_parameters; expected the same"
+            )
 
 
 def _rope(parameters: Mapping[str, Any]) -> RopeConfig:

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxserve.errors import CheckpointError
-from jaxserve.weights.generation import eos_ids, sampling_defaults, union
+from jaxserve.weights.generation import check_eos_ids, eos_ids, sampling_defaults, union
 
 
 def test_eos_ids():
@@ -31,8 +31,24 @@ def test_do_sample_false_is_greedy():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1), ("top_p", 1.5), ("top_k", "many"), ("min_p", float("nan"))]
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("top_p", 1.5),
+        ("top_p", 0),
+        ("top_k", "many"),
+        ("top_k", 1.5),
+        ("min_p", float("nan")),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+    ],
 )
-def test_out_of_range_defaults_are_named(name, value):
-    with pytest.raises(CheckpointError, match=f"{name} of 'x' is"):
+def test_defaults_that_no_request_may_have_are_named(name, value):
+    with pytest.raises(CheckpointError, match=f"^'x' has a sampling default .*: {name} is {value!r}; allowed: "):
         sampling_defaults({name: value}, "x")
+
+
+def test_eos_ids_are_in_the_vocabulary():
+    check_eos_ids((0, 9), 10, "x")
+    with pytest.raises(CheckpointError, match=r"eos_token_id 10 of 'x' is outside the vocabulary; expected 0\.\.9"):
+        check_eos_ids((0, 10), 10, "x")

@@ -293,6 +293,20 @@ def test_what_is_not_supported_is_refused_by_name(base, changes, message):
         (LLAMA_31_8B, {"rope_scaling": 8}, "rope_scaling is 8; expected an object"),
         (LLAMA_2_7B, {"rope_parameters": [1]}, r"rope_parameters is \[1\]"),
         (GEMMA3_1B, {"layer_types": ["full_attention"]}, "expected a list of 26 names"),
+        (LLAMA_31_8B, {"architectures": "LlamaForCausalLM"}, "architectures .* is 'LlamaForCausalLM'; expected a list"),
+        (
+            LLAMA_31_8B,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_type is 'llama3' in rope_scaling and 'default' in rope_parameters",
+        ),
+        (
+            GEMMA3_1B,
+            {
+                "rope_scaling": {"type": "linear", "factor": 8.0},
+                "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}},
+            },
+            "factor is 8.0 in rope_scaling and 4.0 in rope_parameters",
+        ),
     ],
 )
 def test_bad_values_are_named(base, changes, message):

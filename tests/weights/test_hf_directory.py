@@ -203,6 +203,19 @@ def test_the_text_model_of_a_multimodal_checkpoint(tiny, prefixes):
     assert checkpoint.eos_token_ids[:2] == (2, 1)  # generation_config's first
 
 
+def test_generation_settings_are_checked_on_opening(tiny):
+    directory = tiny("llama")
+    for changes, message in (
+        ({"top_k": 1.5}, "generation_config.json' has a sampling default .*: top_k is 1.5"),
+        ({"eos_token_id": 131}, r"eos_token_id 131 of .* is outside the vocabulary; expected 0\.\.130"),
+    ):
+        before = (directory / "generation_config.json").read_text()
+        edit_json(directory / "generation_config.json", changes)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(str(directory))
+        (directory / "generation_config.json").write_text(before)
+
+
 def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such file or directory"):
         open_checkpoint(str(tmp_path / "missing"))
