@@ -19,7 +19,7 @@ import tyro
 from jaxserve.cli_file import read_settings
 from jaxserve.config import EngineConfig, SpeculativeConfig
 from jaxserve.errors import ConfigError
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import CHECKPOINT_SETTINGS, SamplingParams
 
 # Both dataclasses have these; the plain flag is the request's.
 RENAMED = {"seed": "engine_seed", "max_seconds": "engine_max_seconds"}
@@ -41,8 +41,6 @@ FLAG_HELPS = {
     "speculative_config": f"a JSON object, such as '{SPECULATIVE_EXAMPLE}'; fields: "
     f"{', '.join(f.name for f in fields(SpeculativeConfig))}. None: no speculation."
 }
-# The sampling settings that a checkpoint may have defaults for (jaxserve/weights/generation.py, which imports jax).
-FROM_CHECKPOINT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What an absent sampling setting is, where its default of None doesn't say it.
 IF_ABSENT = {
     "seed": "drawn from the engine's seed",
@@ -188,7 +186,7 @@ def _if_absent(name: str, in_file: Any, default: Any) -> str:
     """What counts where a sampling flag isn't given."""
     if in_file is not None:
         return repr(in_file)
-    if name in FROM_CHECKPOINT:
+    if name in CHECKPOINT_SETTINGS:
         return f"what the model's generation_config says, or {default!r}"
     return IF_ABSENT.get(name, "none" if default is None else repr(default))
 

@@ -17,6 +17,8 @@ from jaxserve.vllm_arguments import SAMPLING_NEUTRAL, accept_neutral
 
 MAX_SEED = 2**63 - 1
 PRIORITIES = -(2**31), 2**31 - 1  # lowest and highest value
+# The settings that a checkpoint may have defaults for, in its generation_config.
+CHECKPOINT_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens")
 
 

@@ -11,7 +11,7 @@ import tyro
 from jaxserve import SamplingParams, cli, cli_flags
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
-from jaxserve.weights.generation import _SAMPLING_NAMES
+from jaxserve.sampling_params import CHECKPOINT_SETTINGS
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "serving"
 
@@ -108,7 +108,7 @@ def help_of(capsys, *args):
 def test_help_says_where_defaults_come_from(capsys):
     helps = help_of(capsys)
     from_model = {name for name, text in helps.items() if "generation_config" in text}
-    assert from_model == {f"--{name.replace('_', '-')}" for name in _SAMPLING_NAMES}
+    assert from_model == {f"--{name.replace('_', '-')}" for name in CHECKPOINT_SETTINGS}
     assert helps["--top-k"] == "if not given: what the model's generation_config says, or 0"
     assert helps["--max-tokens"] == "if not given: default_max_tokens, or else what the context leaves"
     assert helps["--stop"].startswith("if not given: none")

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.errors import CheckpointError, InvalidRequestError
-from jaxserve.sampling_params import SamplingParams
-
-_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+from jaxserve.sampling_params import CHECKPOINT_SETTINGS, SamplingParams
 
 
 def eos_ids(settings: Mapping[str, Any], where: str) -> tuple[int, ...]:
@@ -32,7 +30,7 @@ def sampling_defaults(generation: Mapping[str, Any], where: str) -> dict[str, fl
     Raises:
         CheckpointError: no request could have these settings.
     """
-    defaults = {name: value for name in _SAMPLING_NAMES if (value := generation.get(name)) is not None}
+    defaults = {name: value for name in CHECKPOINT_SETTINGS if (value := generation.get(name)) is not None}
     if generation.get("do_sample") is False:
         penalty = {k: v for k, v in defaults.items() if k == "repetition_penalty"}
         defaults = {"temperature": 0.0} | penalty
