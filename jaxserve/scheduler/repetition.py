@@ -12,6 +12,7 @@ from jaxserve.sampling_params import RepetitionDetection
 
 LOOK_EVERY = 16  # tokens of one choice
 _NEEDLE_LEN = 16  # tokens; a search for more would cost more than the comparisons that it saves
+_TELLING_LEN = 5  # tokens; fewer recur too often
 
 
 def repeated_pattern_len(
@@ -28,7 +29,7 @@ def repeated_pattern_len(
     count = rule.min_count
     longest = min(rule.max_pattern_size, length // count)
     # apart, because of the shortest patterns so few tokens must recur that they recur everywhere
-    few = min(longest, (_NEEDLE_LEN - 1) // (count - 1))
+    few = min(longest, (_TELLING_LEN - 1) // (count - 1))
     return _shortest(token_ids, length, rule.min_pattern_size, few, count) or _shortest(
         token_ids, length, max(rule.min_pattern_size, few + 1), longest, count
     )

@@ -120,7 +120,7 @@ def test_what_becomes_of_a_case_is_reported() -> None:
 def test_a_case_that_hangs_ends_with_what_it_started_and_three_end_the_run() -> None:
     """Each has a child of its own that holds the output open; a fourth case isn't started any more."""
     hang = "import subprocess; subprocess.run(['sleep', '600'])"
-    failures = _run({f"hangs{i}": hang for i in range(4)}, jobs=3, timeout=0.2)
+    failures = _run({f"hangs{i}": hang for i in range(4)}, jobs=1, timeout=0.2)  # of several, one may end before others
     hung = ["not compiled after 0 s"]
     assert [failures[f"hangs{i}"] for i in range(3)] == [hung] * 3
     assert failures["hangs3"] == ["not compiled: 3 cases ran into their timeout"]
