@@ -106,7 +106,8 @@ class Committer:
                 output.fromlist(token_ids)  # almost every row comes by here
             else:
                 commit.finish_reason, commit.stop_reason = append_tokens(choice, token_ids, stats)
-                state.publish(choice)
+                if choice.publish_at <= choice.computed_len:
+                    state.publish(choice)
             num_emitted += len(token_ids)
             if choice.siblings is not None:
                 state.wake_siblings(choice)

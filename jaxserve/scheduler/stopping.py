@@ -25,7 +25,8 @@ def append_tokens(
     if before + len(token_ids) >= choice.max_output_len:
         del token_ids[choice.max_output_len - before :]
         reason = "length"
-    for at in range(max(0, choice.min_output_len - before), len(token_ids)):
+    stops = not choice.stop_ids.isdisjoint(token_ids)  # seldom: most that come by here are only due for a look
+    for at in range(max(0, choice.min_output_len - before), len(token_ids)) if stops else ():
         token_id = token_ids[at]
         if token_id in choice.stop_ids:
             del token_ids[at + 1 :]
