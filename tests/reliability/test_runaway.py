@@ -165,7 +165,7 @@ def test_a_runaway_holds_up_nobody(budget, adaptive):
 
 
 def test_looking_for_loops_costs_little():
-    """256 choices of up to 5 tokens a step, warn mode against off: 70 to 117 us a step measured; loaded machines have room."""
+    """256 choices of up to 5 tokens a step, warn mode against off: 70 to 117 us a step; loaded machines have room."""
 
     def seconds_a_step(repetition):
         scheduler = Scheduler(
