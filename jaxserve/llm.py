@@ -21,10 +21,11 @@ from jaxserve.engine.requests import CheckedRequest, Request, RequestBuilder
 from jaxserve.engine.submission import Submission
 from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.outputs import RequestOutput
+from jaxserve.progress import UseTqdm, check_use_tqdm, make_bar
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.chat import Conversation, Message, render_chat, split_conversations
 from jaxserve.text.codec import Codec
-from jaxserve.vllm_arguments import LLM_NEUTRAL, drop_neutral
+from jaxserve.vllm_arguments import CHAT_NEUTRAL, GENERATE_NEUTRAL, LLM_NEUTRAL, check_neutral, drop_neutral
 
 if TYPE_CHECKING:
     from jaxserve.engine.build import Engine
@@ -81,8 +82,11 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
         priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Generates for all prompts, batched as the engine sees fit; returns when the last is done.
 
@@ -90,41 +94,65 @@ class LLM:
             prompts: one prompt or many: strings, lists of token ids, or dicts with ``prompt`` or ``prompt_token_ids``
                 (and ``cache_salt``).
             sampling_params: for all prompts, or one for each; None takes the model's generation_config.
-            use_tqdm: shows a progress bar on stderr.
+            use_tqdm: shows a progress bar on stderr; or a callable that makes the bar (see ``progress.make_bar``).
             priority: for all prompts, or one for each; lower runs first (``scheduling_policy="priority"``).
+            lora_request, tokenization_kwargs, mm_processor_kwargs: vLLM's, accepted where they ask for nothing
+                (``vllm_arguments.GENERATE_NEUTRAL``).
 
         Returns:
             One output a prompt, in the order of the prompts.
 
         Raises:
             InvalidRequestError: a prompt or a setting is wrong. No prompt was admitted then.
-            EngineDeadError: the engine failed.
+            EngineDeadError: the engine failed or was shut down.
         """
+        check_use_tqdm(use_tqdm)
+        given = {
+            "lora_request": lora_request,
+            "tokenization_kwargs": tokenization_kwargs,
+            "mm_processor_kwargs": mm_processor_kwargs,
+        }
+        check_neutral(given, GENERATE_NEUTRAL, InvalidRequestError)
         return self._run(self._check(split_prompts(prompts), sampling_params, priority), use_tqdm)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: Params = None,
-        *,
-        use_tqdm: bool = True,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
+        *,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Like ``generate``, for one conversation or a list of them, rendered by the model's chat template.
 
+        The arguments, which are in vLLM's order, are those of ``generate`` and these:
+
         Args:
             messages: dicts with ``role`` and ``content``.
             chat_template: Jinja source used instead of the tokenizer's own; it runs in a sandbox.
+            chat_template_content_format: "auto" or "string", the same here: a template gets each content as one string.
             add_generation_prompt: ends the prompt with the header of the assistant's answer.
             continue_final_message: leaves the last message open, to be continued (needs add_generation_prompt=False).
             tools: descriptions of functions, for templates that know them.
             chat_template_kwargs: further variables of the template.
         """
+        check_use_tqdm(use_tqdm)
+        given = {
+            "lora_request": lora_request,
+            "chat_template_content_format": chat_template_content_format,
+            "tokenization_kwargs": tokenization_kwargs,
+            "mm_processor_kwargs": mm_processor_kwargs,
+        }
+        check_neutral(given, CHAT_NEUTRAL, InvalidRequestError)
         prompts = [
             self._render(
                 conversation, chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
@@ -158,7 +186,7 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         priority: int | None = None,
     ) -> Stream:
-        """``stream`` for one conversation; the arguments are those of ``chat``."""
+        """``stream`` for one conversation; see ``chat`` for what the arguments mean."""
         prompt = self._render(
             messages, chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
         )
@@ -202,16 +230,16 @@ class LLM:
     def _admit(self, checked: Sequence[CheckedRequest]) -> list[Request]:
         return [self._builder.admit(request) for request in checked]
 
-    def _run(self, checked: list[CheckedRequest], use_tqdm: bool) -> list[RequestOutput]:
-        from tqdm.auto import tqdm
-
-        requests = self._admit(checked)
-        bar = tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=not use_tqdm)
-        with bar, Submission(self.engine.core, self._codec, requests) as submission:
+    def _run(self, checked: list[CheckedRequest], use_tqdm: UseTqdm) -> list[RequestOutput]:
+        bar = make_bar(use_tqdm, len(checked))
+        with (
+            contextlib.closing(bar),
+            Submission(self.engine.core, self._codec, self._admit(checked)) as submission,
+        ):
             submission.submit()
             for collector in submission.updates():
                 if collector.finished:
-                    bar.update()
+                    bar.update(1)
             return [collector.output() for collector in submission.collectors]
 
     def _stream(self, checked: list[CheckedRequest]) -> Stream:

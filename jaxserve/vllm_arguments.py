@@ -84,6 +84,30 @@ SAMPLING_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+GENERATE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "lora_request": (None,),
+    "mm_processor_kwargs": (None, {}),
+    "tokenization_kwargs": (None, {}),
+}
+
+CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **GENERATE_NEUTRAL,
+    "chat_template_content_format": ("auto", "string"),
+}
+
+
+def check_neutral(settings: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], error: type[ValueError]) -> None:
+    """Looks at those settings that are in ``neutral``.
+
+    Raises:
+        error: one of them has a value that jaxserve can't honour.
+    """
+    for name, value in settings.items():
+        if name in neutral and not any(_same(value, one) for one in neutral[name]):
+            allowed = " or ".join(repr(one) for one in neutral[name])
+            raise error(f"{name} is {value!r}, which jaxserve doesn't support; allowed: {allowed}")
+
+
 def drop_neutral(
     settings: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], error: type[ValueError]
 ) -> dict[str, Any]:
@@ -92,14 +116,8 @@ def drop_neutral(
     Raises:
         error: one of them has a value that jaxserve can't honour.
     """
-    kept: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name not in neutral:
-            kept[name] = value
-        elif not any(_same(value, one) for one in neutral[name]):
-            allowed = " or ".join(repr(one) for one in neutral[name])
-            raise error(f"{name} is {value!r}, which jaxserve doesn't support; allowed: {allowed}")
-    return kept
+    check_neutral(settings, neutral, error)
+    return {name: value for name, value in settings.items() if name not in neutral}
 
 
 def accept_neutral[T](neutral: Mapping[str, tuple[Any, ...]], error: type[ValueError]) -> Callable[[type[T]], type[T]]:

@@ -17,6 +17,7 @@ ALLOWED = {
     "jaxserve.vllm_arguments": (),
     "jaxserve.sampling_params": ("jaxserve.errors", "jaxserve.vllm_arguments"),
     "jaxserve.outputs": (),
+    "jaxserve.progress": ("jaxserve.errors",),
     "jaxserve.scheduler": ("jaxserve.errors", "jaxserve.sampling_params"),
     "jaxserve.sampling": ("jaxserve.errors", "jaxserve.config", "jaxserve.sampling_params"),
     "jaxserve.speculation": (),

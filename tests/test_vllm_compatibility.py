@@ -1,6 +1,7 @@
 """docs/vllm_compatibility.md and the code say the same, and scripts written for vLLM run."""
 
 import ast
+import inspect
 import random
 import re
 from dataclasses import fields
@@ -11,7 +12,7 @@ from fakes import fake_engine
 
 from jaxserve import LLM, ConfigError, EngineConfig, InvalidRequestError, SamplingParams
 from jaxserve.llm import engine_config
-from jaxserve.vllm_arguments import LLM_NEUTRAL, SAMPLING_NEUTRAL
+from jaxserve.vllm_arguments import CHAT_NEUTRAL, GENERATE_NEUTRAL, LLM_NEUTRAL, SAMPLING_NEUTRAL
 
 PAGE = (Path(__file__).parent.parent / "docs" / "vllm_compatibility.md").read_text()
 # The signatures themselves, so that a row can't be forgotten.
@@ -23,6 +24,11 @@ offload_params enforce_eager enable_return_routed_experts disable_custom_all_red
 mm_processor_kwargs pooler_config structured_outputs_config profiler_config attention_config
 kv_cache_memory_bytes compilation_config logits_processors swap_space disable_log_stats max_model_len
 max_num_seqs max_num_batched_tokens block_size enable_prefix_caching num_gpu_blocks_override load_format
+"""
+VLLM_GENERATE = "prompts sampling_params use_tqdm lora_request priority tokenization_kwargs mm_processor_kwargs"
+VLLM_CHAT = """
+messages sampling_params use_tqdm lora_request chat_template chat_template_content_format add_generation_prompt
+continue_final_message tools chat_template_kwargs tokenization_kwargs mm_processor_kwargs
 """
 VLLM_SAMPLING = """
 n presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids
@@ -46,26 +52,42 @@ def names(heading, answer):
     return {name for name, (a, _) in table(heading).items() if a == answer}
 
 
+def parameters(method):
+    """name -> parameter, without self, in their order."""
+    return dict(list(inspect.signature(method).parameters.items())[1:])
+
+
+SETTINGS = {f.name for f in fields(EngineConfig)}
+SAMPLING = {f.name for f in fields(SamplingParams)}
+GENERATE = set(parameters(LLM.generate)) - set(GENERATE_NEUTRAL)
+CHAT = set(parameters(LLM.chat)) - set(CHAT_NEUTRAL)
+
+
 @pytest.mark.parametrize(
-    ("heading", "signature", "neutral", "cls"),
-    [("LLM", VLLM_LLM, LLM_NEUTRAL, EngineConfig), ("SamplingParams", VLLM_SAMPLING, SAMPLING_NEUTRAL, SamplingParams)],
+    ("heading", "signature", "neutral", "acted_on"),
+    [
+        ("LLM", VLLM_LLM, LLM_NEUTRAL, SETTINGS),
+        ("LLM.generate", VLLM_GENERATE, GENERATE_NEUTRAL, GENERATE),
+        ("LLM.chat", VLLM_CHAT, CHAT_NEUTRAL, CHAT),
+        ("SamplingParams", VLLM_SAMPLING, SAMPLING_NEUTRAL, SAMPLING),
+    ],
 )
 class TestTable:
-    def test_covers_vllms_signature(self, heading, signature, neutral, cls):
+    def test_covers_vllms_signature(self, heading, signature, neutral, acted_on):
         assert set(signature.split()) - set(table(heading)) == set()
 
-    def test_neutral_rows_are_the_codes_with_the_same_values(self, heading, signature, neutral, cls):
+    def test_neutral_rows_are_the_codes_with_the_same_values(self, heading, signature, neutral, acted_on):
         assert names(heading, "neutral") == set(neutral)
         for name, values in neutral.items():
             remark = table(heading)[name][1]
             listed = [ast.literal_eval(code) for code in re.findall(r"`([^`]*)`", remark.partition(";")[0])]
             assert listed == list(values), name
 
-    def test_honoured_rows_and_own_names_are_the_fields(self, heading, signature, neutral, cls):
+    def test_honoured_rows_and_own_names_are_what_the_code_acts_on(self, heading, signature, neutral, acted_on):
         section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
         own = set(re.findall(r"`(\w+)`", section.partition("jaxserve's own:")[2].partition("(")[0]))
-        assert names(heading, "honoured") | own == {f.name for f in fields(cls)}
-        assert not set(neutral) & {f.name for f in fields(cls)}
+        assert names(heading, "honoured") | own == acted_on
+        assert not set(neutral) & acted_on
 
 
 @pytest.mark.parametrize("name", sorted(LLM_NEUTRAL))
@@ -94,6 +116,42 @@ def test_llm_refuses_other_names(name):
 def test_sampling_params_refuse_other_names(name):
     with pytest.raises(InvalidRequestError, match=f"'{name}'"):
         SamplingParams(**{name: None})
+
+
+@pytest.mark.parametrize(("method", "signature"), [(LLM.generate, VLLM_GENERATE), (LLM.chat, VLLM_CHAT)])
+def test_calls_have_vllms_signature(method, signature):
+    """Its names are there; as many may be given by position, in the same order."""
+    ours = parameters(method)
+    assert set(signature.split()) <= set(ours)
+    by_position = [name for name, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert by_position == (signature.split()[:2] if method is LLM.generate else signature.split())
+
+
+CALLS = {
+    "LLM.generate": (GENERATE_NEUTRAL, lambda llm, **given: llm.generate("x", use_tqdm=False, **given)),
+    "LLM.chat": (CHAT_NEUTRAL, lambda llm, **given: llm.chat(MESSAGES, use_tqdm=False, **given)),
+}
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(("heading", "name"), [(call, name) for call, (known, _) in CALLS.items() for name in known])
+def test_calls_take_neutral_values_and_refuse_others_by_name(llm, heading, name):
+    neutral, call = CALLS[heading]
+    for value in neutral[name]:
+        assert len(call(llm, **{name: value})) == 1
+    submitted = len(llm.engine.core.submitted)
+    for value in ("something", {"truncation": True}, ["something"], 0):
+        with pytest.raises(InvalidRequestError) as refused:
+            call(llm, **{name: value})
+        allowed = " or ".join(map(repr, neutral[name]))
+        assert str(refused.value) == f"{name} is {value!r}, which jaxserve doesn't support; allowed: {allowed}"
+    assert len(llm.engine.core.submitted) == submitted
+
+
+@pytest.mark.parametrize("name", sorted(names("LLM.generate", "refused")))
+def test_generate_refuses_other_names(llm, name):
+    with pytest.raises(TypeError, match=f"'{name}'"):
+        llm.generate("x", **{name: None})
 
 
 @pytest.mark.parametrize(("name", "value"), [("enforce_eager", 0), ("cpu_offload_gb", False), ("hf_overrides", [])])
@@ -137,7 +195,8 @@ def test_vllms_chat_example_runs(llm):
     conversation = [{"role": "system", "content": "You help."}, {"role": "user", "content": "Hello"}]
     outputs = llm.chat(conversation, params, use_tqdm=False)
     outputs += llm.chat([conversation for _ in range(3)], params, use_tqdm=False)
-    assert len(outputs) == 4 and all(len(o.outputs[0].token_ids) == 16 for o in outputs)
+    outputs += llm.chat(conversation, params, False, None, "{{ messages[0].content }}", "auto", True, False, None, {})
+    assert len(outputs) == 5 and all(len(o.outputs[0].token_ids) == 16 for o in outputs)
 
 
 def test_vllms_logprobs_script_runs(llm):

@@ -424,13 +424,6 @@ def test_metrics_tell_when_things_happened(make):
     assert m.time_to_first_token == m.first_token_time - m.arrival_time
 
 
-def test_a_progress_bar_is_shown_on_demand(make, capsys):
-    make().generate(["a", "b"], SamplingParams(max_tokens=2))
-    assert "Processed prompts" in capsys.readouterr().err
-    make().generate(["a", "b"], SamplingParams(max_tokens=2), use_tqdm=False)
-    assert capsys.readouterr().err == ""
-
-
 def test_the_fake_model_depends_on_prompt_seed_and_index_only(make):
     core = FakeCore()
     generate(make(core), ["a", "a"], SamplingParams(seed=1, max_tokens=8))
