@@ -42,8 +42,8 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
-    @property
     def finished(self) -> bool:
+        """Whether nothing more will come. A method, as in vLLM, where a request's is an attribute."""
         return self.finish_reason is not None
 
 
@@ -71,7 +71,7 @@ class RequestOutput:
     """One request with its choices.
 
     ``prompt`` is None where the caller gave token ids. ``prompt_logprobs`` has one entry a prompt token; the first is
-    None.
+    None. ``finished`` says whether all choices are.
     """
 
     request_id: str

@@ -217,6 +217,17 @@ def test_deltas_join_to_the_output(make):
     assert [i for d in deltas for i in d.outputs[0].token_ids] == [*text.encode(), EOS]
 
 
+def test_a_choice_has_a_method_and_a_request_an_attribute_that_says_whether_it_is_finished(make):
+    stream = make(FakeCore(lambda choice: [97, EOS][: choice.index + 1], pauses=True)).stream("x", SamplingParams(n=2))
+    while not any(choice.finished() for choice in stream.output().outputs):
+        next(stream)
+    output = stream.output()
+    assert (output.finished, [choice.finished() for choice in output.outputs]) == (False, [False, True])
+    stream.close()
+    output = stream.output()
+    assert (output.finished, [choice.finished() for choice in output.outputs]) == (True, [True, True])
+
+
 def test_deltas_of_n_choices_join_to_each_output(make):
     llm = make()
     params = SamplingParams(n=3, seed=1, max_tokens=9)
@@ -282,7 +293,7 @@ def test_a_closed_streams_output_says_that_it_was_aborted(make, by_another_threa
     output = stream.output()
     assert output.finished and output.metrics.finished_time >= output.metrics.arrival_time
     for choice in output.outputs:
-        assert choice.finish_reason == "abort" and choice.finished
+        assert choice.finish_reason == "abort" and choice.finished()
         assert choice.text == bytes(choice.token_ids).decode()  # what might have become a stop string included
     stream.close()
     assert stream.output() == output
