@@ -10,7 +10,7 @@
     │   └── TokenizerError                    the tokenizer is missing, damaged or of an unknown kind
     ├── InvalidRequestError (ValueError)      a prompt or a sampling parameter is out of range
     ├── CompileAfterWarmupError (RuntimeError) an executable was born while serving, in strict mode
-    └── EngineDeadError (RuntimeError)        the engine failed; its cause is ``__cause__``
+    └── EngineDeadError (RuntimeError)        the engine failed (``__cause__``) or was shut down
 
 The message says what was wrong (name and value) and what would be right.
 """
@@ -49,4 +49,4 @@ class CompileAfterWarmupError(JaxserveError, RuntimeError):
 
 
 class EngineDeadError(JaxserveError, RuntimeError):
-    """The engine failed and serves no more; ``__cause__`` says why."""
+    """The engine serves no more. It failed, and ``__cause__`` says of what; or it was shut down, which has no cause."""

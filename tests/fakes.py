@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import EngineConfig, Limits
-from jaxserve.engine.events import ChoiceEvent
-from jaxserve.errors import EngineDeadError
+from jaxserve.engine.events import ChoiceEvent, ShutDown, dead_error
 from jaxserve.scheduler.plan import Logprobs
 from jaxserve.scheduler.request import Choice
 
@@ -139,7 +138,7 @@ class FakeCore:
 
     def shutdown(self) -> None:
         self.gate.set()
-        self.fail(EngineDeadError("the engine was shut down"))
+        self.fail(ShutDown())
         if self._thread is not None:
             self._thread.join()
 
@@ -160,14 +159,15 @@ class FakeCore:
         """The engine dies; ``silently``: no event is sent, as if the thread had vanished."""
         with self._changed:
             self._stopping = True
-            self._error = error
+            if self._error is None:
+                self._error = error
             if silently:
                 self._running.clear()
             self._changed.notify()
 
     def check_health(self) -> None:
         if self._error is not None:
-            raise EngineDeadError(f"the engine failed: {self._error}") from self._error
+            raise dead_error(self._error)
 
     def stats(self) -> dict[str, Any]:
         return {"num_running": len(self._running)}

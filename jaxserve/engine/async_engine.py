@@ -86,7 +86,7 @@ class AsyncEngine:
 
         Raises:
             InvalidRequestError: the prompt or a setting is wrong; nothing was admitted.
-            EngineDeadError: the engine failed.
+            EngineDeadError: the engine failed or was shut down.
         """
         if output_kind not in ("cumulative", "delta", "final"):
             raise InvalidRequestError(f"output_kind is {output_kind!r}; allowed: cumulative, delta, final")

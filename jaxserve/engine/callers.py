@@ -102,7 +102,7 @@ class Callers:
         if sink is not None:
             sink(event)
 
-    def tell_all(self, error: BaseException | None) -> None:
+    def tell_all(self, error: BaseException) -> None:
         """Every choice ends with ``error``. Each caller hears of it, whatever another one's sink raises."""
         with self._lock:
             sinks, self._sinks = self._sinks, {}
@@ -111,10 +111,10 @@ class Callers:
             try:
                 sink(event)
             except Exception:  # one caller's trouble must not keep the news from the others
-                logger.exception("choice %d can't be told that the engine failed", event.choice_id)
+                logger.exception("choice %d can't be told that the engine is dead", event.choice_id)
 
 
-def _endings(sinks: dict[int, Sink], error: BaseException | None) -> Iterable[tuple[ChoiceEvent, Sink]]:
+def _endings(sinks: dict[int, Sink], error: BaseException) -> Iterable[tuple[ChoiceEvent, Sink]]:
     now = time.monotonic()
     for choice_id, sink in sinks.items():
         event = ChoiceEvent(

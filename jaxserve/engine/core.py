@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxserve.engine.callers import Callers, Sink
+from jaxserve.engine.events import ShutDown, dead_error
 from jaxserve.errors import CompileAfterWarmupError, EngineDeadError
 from jaxserve.runner.compile_guard import CompileGuard
 from jaxserve.scheduler.commit import Commit
@@ -145,7 +146,7 @@ class EngineCore:
         for thread in threads:
             if thread is not None and thread is not threading.current_thread():
                 thread.join(timeout=self._watchdog_seconds)
-        self._die(EngineDeadError("the engine was shut down"))
+        self._die(ShutDown())
 
     def submit(self, choices: Sequence[Choice], sink: Sink, *, streaming: bool = True) -> None:
         """Queues choices. ``sink`` is called on the core's thread for each of their events; it must be quick.
@@ -205,12 +206,7 @@ class EngineCore:
 
     def _raise_if_dead(self) -> None:
         if self._error is not None:
-            raise self._dead()
-
-    def _dead(self) -> EngineDeadError:
-        error = EngineDeadError(f"the engine failed: {self._error}")
-        error.__cause__ = self._error
-        return error
+            raise dead_error(self._error)
 
     # -- the core's thread
 
@@ -300,14 +296,15 @@ class EngineCore:
     def _die(self, error: BaseException) -> None:
         """Tells every waiting caller, once."""
         with self._lock:
-            if self._error is None:
-                self._error = error
+            if self._error is not None:
+                error = self._error  # the first counts
+            self._error = error
             calls, self._calls = self._calls, set()
             self._stopping = True
             self._lock.notify_all()
         for call in calls:
-            call.set_exception(self._dead())
-        self.callers.tell_all(self._error)
+            call.set_exception(dead_error(error))
+        self.callers.tell_all(error)
 
     def _watch(self) -> None:
         while (trouble := self._trouble()) is None:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from jaxserve.engine.collector import RequestCollector
-from jaxserve.engine.events import ChoiceEvent
+from jaxserve.engine.events import ChoiceEvent, dead_error
 from jaxserve.engine.requests import Request
 from jaxserve.errors import EngineDeadError
 from jaxserve.text.codec import Codec
@@ -22,7 +22,7 @@ HEALTH_SECONDS = 1.0  # how long to wait for an event before asking whether the 
 def raise_dead(event: ChoiceEvent) -> None:
     """Raises what the engine died of, if the event says that it did. Every caller gets an exception of its own."""
     if event.error is not None:
-        raise EngineDeadError(f"the engine failed: {event.error}") from event.error
+        raise dead_error(event.error)
 
 
 class Submission:

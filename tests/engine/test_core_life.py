@@ -8,8 +8,11 @@ import pytest
 from core_world import FakeRunner, Sink, expected, make_choice, make_core, run, until
 
 from jaxserve.engine import core as core_module
+from jaxserve.engine.submission import raise_dead
 from jaxserve.errors import EngineDeadError, InvalidRequestError
 from jaxserve.scheduler.plan import StepResult
+
+SHUT_DOWN = "^the engine was shut down; build another LLM or AsyncEngine to go on$"
 
 
 class Failure(Exception):
@@ -311,9 +314,28 @@ def test_shutdown_tells_the_unfinished_and_comes_twice():
     core.shutdown()
     stopper.join(20)
     assert {sink.reason(c) for c in choices} == {"error"}
-    assert "shut down" in str(sink.terminal(choices[0]).error)
-    with pytest.raises(EngineDeadError, match="shut down"):
-        core.submit([make_choice()], sink)
+    with pytest.raises(EngineDeadError, match=SHUT_DOWN):
+        raise_dead(sink.terminal(choices[0]))
+    for call in (core.check_health, lambda: core.submit([make_choice()], sink), lambda: core.call(id)):
+        with pytest.raises(EngineDeadError, match=SHUT_DOWN) as dead:
+            call()
+        assert dead.value.__cause__ is None  # nothing was wrong
+
+
+def test_a_call_that_waits_hears_that_the_engine_was_shut_down():
+    core, raised = make_core(), []
+
+    def work():
+        with pytest.raises(EngineDeadError, match=SHUT_DOWN) as dead:
+            core.call(id)
+        raised.append(dead.value)
+
+    caller = threading.Thread(target=work)
+    caller.start()  # the core's thread isn't there yet to answer
+    until(lambda: core._calls)
+    core.shutdown()
+    caller.join(20)
+    assert len(raised) == 1
 
 
 def test_shutdown_leaves_no_thread():
@@ -355,9 +377,11 @@ def test_max_seconds_ends_waiting_and_running_choices():
 def test_a_call_that_fails_or_never_returns_ends_in_an_error():
     core = make_core()
     core.start()
-    with pytest.raises(EngineDeadError, match="division"):
+    with pytest.raises(EngineDeadError, match="the engine failed: division"):
         core.call(lambda scheduler: 1 / 0)
     core.shutdown()
+    with pytest.raises(EngineDeadError, match="the engine failed: division"):  # shutting it down doesn't hide that
+        core.check_health()
 
 
 def test_call_runs_between_steps_and_stats_count():

@@ -168,6 +168,22 @@ def test_a_dead_engine_tells_every_caller(silently):
     run(body, core, max_model_len=4096)
 
 
+def test_closing_tells_who_waits_and_who_comes_later_that_nothing_failed():
+    core = FakeCore(step_seconds=0.001)
+
+    async def body(engine):
+        waiting = asyncio.create_task(collect(engine, "x", SamplingParams(max_tokens=4000)))
+        await until(lambda: core.num_running == 1)
+        engine.close()
+        for call in (waiting, collect(engine, "x")):
+            with pytest.raises(EngineDeadError, match="^the engine was shut down; build another LLM or AsyncEngine"):
+                await call
+        with pytest.raises(EngineDeadError, match="^the engine was shut down"):
+            engine.check_health()
+
+    run(body, core, max_model_len=4096)
+
+
 def test_a_stop_string_ends_the_choice_in_the_core():
     core = FakeCore(lambda choice: [*b"abcdef", EOS], tokens_per_step=4)
 

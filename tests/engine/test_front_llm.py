@@ -400,8 +400,9 @@ def test_a_dead_engine_tells_every_waiting_caller_and_every_later_one(make, sile
 def test_a_closed_llm_refuses(make):
     with make() as llm:
         pass
-    with pytest.raises(EngineDeadError, match="shut down"):
-        generate(llm, "x")
+    for call in (generate, LLM.stream):
+        with pytest.raises(EngineDeadError, match="^the engine was shut down; build another LLM or AsyncEngine"):
+            call(llm, "x")
 
 
 def test_params_and_outputs_pickle(make):

@@ -426,6 +426,7 @@ def test_leaving_the_with_block_by_an_error_cleans_up():
         raise Failure("the caller's own")
     callers.join()
     assert {type(outcome) for outcome in callers.outcomes()} == {EngineDeadError}
+    assert {str(outcome).partition(";")[0] for outcome in callers.outcomes()} == {"the engine was shut down"}
     assert not core._thread.is_alive()
     with pytest.raises(EngineDeadError, match="shut down"):
         LLM.generate(callers.llm, [[1]], LONG, use_tqdm=False)
