@@ -22,10 +22,7 @@ def read_settings(path: str, not_sampling: tuple[str, ...]) -> tuple[dict[str, A
     Raises:
         ConfigError: the file can't be read, or holds something unknown or wrong; names the file and the setting.
     """
-    try:
-        engine = read_toml(path)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path!r} isn't valid TOML, which is UTF-8: {error}") from error
+    engine = read_toml(path)
     sampling = _table(path, "sampling", engine.pop("sampling", {}))
     _known(path, "an unknown engine setting ", engine, EngineConfig)
     for name, cls in TABLES.items():

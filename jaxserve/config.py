@@ -286,7 +286,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Settings from a TOML file.
 
     Raises:
-        ConfigError: the file is missing or isn't TOML.
+        ConfigError: the file is missing or isn't TOML, which is UTF-8; names the file.
     """
     try:
         with open(path, "rb") as file:
@@ -295,3 +295,5 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"can't read the settings file {str(path)!r}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{str(path)!r} isn't valid TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{str(path)!r} isn't valid TOML, which is UTF-8: {error}") from error

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, AsyncEngine, ConfigError, EngineConfig, Limits
-from jaxserve.config import SpeculativeConfig
+from jaxserve.config import SpeculativeConfig, read_toml
 
 DUMMY = str(Path(__file__).parent / "engine" / "tiny_dummy.toml")
 
@@ -90,3 +90,17 @@ def test_a_cache_directory_that_cant_be_made_is_refused_before_loading(tmp_path,
 def test_an_async_engine_says_what_it_takes():
     with pytest.raises(ConfigError, match="config is 'x'; allowed: an EngineConfig"):
         AsyncEngine("x")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("# größe\nseed = 1".encode("latin-1"), "isn't valid TOML, which is UTF-8: .* byte 0xf6 in position 4"),
+        ("seed = 1".encode("utf-16"), "isn't valid TOML, which is UTF-8"),
+        (b"seed = ", "isn't valid TOML: Invalid value"),
+    ],
+)
+def test_a_file_that_isnt_toml_is_named(tmp_path, content, says):
+    (tmp_path / "f.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"f.toml' {says}"):
+        read_toml(tmp_path / "f.toml")

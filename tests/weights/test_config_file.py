@@ -83,6 +83,12 @@ def test_bad_settings_are_named(tmp_path, old, new, message):
         open_checkpoint(str(tmp_path / "bad.toml"), "dummy")
 
 
+def test_a_model_file_that_isnt_utf_8_is_named(tmp_path):
+    (tmp_path / "bad.toml").write_bytes("# größe\n".encode("latin-1") + (CONFIGS / "qwen3-0.6b.toml").read_bytes())
+    with pytest.raises(CheckpointError, match="bad.toml' isn't valid TOML, which is UTF-8"):
+        open_checkpoint(str(tmp_path / "bad.toml"), "dummy")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
