@@ -87,7 +87,14 @@ def attend_tuned(
     out, part, lse = gpu_decode.decode(q, pool.values, pool.scales, table, work, spec, decode_config, sinks)
     flat_ref = jax.new_ref(out.reshape(T * Hq, D))
     gpu_combine.combine(
-        flat_ref, part, lse, work, num_heads=Hq, num_kv_heads=Hk, group_rows=gpu_decode.group_rows(spec)
+        flat_ref,
+        part,
+        lse,
+        work,
+        num_heads=Hq,
+        num_kv_heads=Hk,
+        group_rows=gpu_decode.group_rows(spec),
+        tile_tokens=gpu_decode.tile_tokens(spec),
     )
     out = jax.freeze(flat_ref).reshape(T, Hq, D)
     if not with_prefill:

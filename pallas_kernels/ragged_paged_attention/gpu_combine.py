@@ -1,7 +1,9 @@
 """Joins the partial results of tiles that the decode kernel split among workers.
 
-For a tile and KV head with pieces i: out = sum_i 2^(lse_i - lse) out_i with lse = log2 sum_i 2^lse_i. A piece is 8 KB
-for each query token (D = 128), so the pass costs little more than its launch; tiles of one worker are left alone.
+For a tile and KV head with pieces i: out = sum_i 2^(lse_i - lse) out_i with lse = log2 sum_i 2^lse_i. A tile is split
+where a worker's share ends within it, so there are fewer split tiles than workers: a CTA looks at one border between
+two workers, for one token. Tiles of one worker are left alone. A piece is D * 8 bytes for each of a token's heads, so
+the pass costs little more than its launch.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 
+_THREADS = 128
+_AT_ONCE = 8  # pieces whose loads are in flight together
+
 
 def combine(
     out_ref: Any,  # ref bfloat16[T * Hq, D], written in place
@@ -28,65 +33,62 @@ def combine(
     num_heads: int,
     num_kv_heads: int,
     group_rows: int,
+    tile_tokens: int,
 ) -> None:
     """Writes the output rows of every tile that has several pieces."""
-    num_tiles, D = work.tiles.shape[0], out_ref.shape[1]
-    G, PG = num_heads // num_kv_heads, group_rows
-    rows = G if G * D % 128 == 0 else PG  # whole warpgroups have 128 threads
-    at_once = max(1, 8192 // (rows * D))  # pieces whose loads are in flight together, in registers
-    layout = plgpu.Layout.WG_STRIDED((rows, D), vec_size=math.gcd(4, rows * D // 128))
+    D, G = out_ref.shape[1], num_heads // num_kv_heads
+    # Whole warpgroups: where a token's G heads are fewer values than threads, padding rows are computed with them.
+    rows = next(n for n in (G, group_rows) if n * D % _THREADS == 0)
+    at_once = max(1, min(_AT_ONCE, 8192 // (rows * D)))  # in registers
+    layout = plgpu.Layout.WG_STRIDED((rows, D), vec_size=math.gcd(4, rows * D // _THREADS))
+    load = functools.partial(plgpu.load, layout=layout, optimized=False)
 
-    def kernel(part_ref: Any, lse_ref: Any, tiles_ref: Any, share_ref: Any, out: Any, o_smem: Any) -> None:
-        tile, head = lax.axis_index("tile"), lax.axis_index("head")
-        num_units, share = tiles_ref[tile, plan.NUM_UNITS], share_ref[0]
-        first_unit = tiles_ref[tile, plan.UNITS_BEFORE] * num_kv_heads + head * num_units
-        first_worker = lax.div(first_unit, share)
-        last_worker = lax.div(first_unit + jnp.maximum(num_units, 1) - 1, share)
-        num_pieces = last_worker - first_worker + 1
-        first_row = tiles_ref[tile, plan.FIRST_TOKEN] * num_heads + head * G
+    def constant(value: float) -> jax.Array:
+        return plgpu.layout_cast(jnp.full((rows, D), value, jnp.float32), layout)
 
-        def piece(index: jax.Array) -> jax.Array:
-            """A worker's first piece is in its slot 0; a piece that starts within its share is its last."""
-            worker = first_worker + jnp.minimum(index, num_pieces - 1)
-            within = (index == 0) & (lax.rem(first_unit, share) != 0)
-            return worker * 2 + jnp.where(within, 1, 0)
+    def kernel(part_ref: Any, lse_ref: Any, splits_ref: Any, out: Any, o_smem: Any) -> None:
+        split, token = lax.axis_index("split"), lax.axis_index("token")
+        num_pieces = splits_ref[split, plan.NUM_PIECES]
+        first_worker, first_slot = splits_ref[split, plan.FIRST_WORKER], splits_ref[split, plan.FIRST_SLOT]
+        token_rows = pl.ds(token * group_rows, rows)
 
-        def join(token_rows: Any, carry: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
+        def join(group: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             acc, m, l = carry
-            read = functools.partial(plgpu.load, layout=layout, optimized=False)
-            slots = [piece(first + k) for k in range(at_once)]
-            outs = [read(part_ref.at[slot, token_rows]) for slot in slots]
-            lses = [read(lse_ref.at[slot, token_rows]) for slot in slots]
-            for k in range(at_once):
-                lse_k = lses[k] + jnp.where(first + k < num_pieces, 0.0, -jnp.inf)
+            pieces = [group * at_once + k for k in range(at_once)]
+            # All but the first piece are what their worker began with. The last one stands in for those past the end.
+            slots = [
+                2 * (first_worker + jnp.minimum(piece, num_pieces - 1)) + jnp.where(piece == 0, first_slot, 0)
+                for piece in pieces
+            ]
+            outs = [load(part_ref.at[slot, token_rows]) for slot in slots]
+            lses = [load(lse_ref.at[slot, token_rows]) for slot in slots]
+            for piece, out_k, lse_k in zip(pieces, outs, lses, strict=True):
+                lse_k = lse_k + jnp.where(piece < num_pieces, 0.0, -jnp.inf)
                 m_new = jnp.maximum(m, lse_k)
                 alpha, weight = jnp.exp2(m - m_new), jnp.exp2(lse_k - m_new)
-                acc, m, l = acc * alpha + outs[k] * weight, m_new, l * alpha + weight
+                acc, m, l = acc * alpha + out_k * weight, m_new, l * alpha + weight
             return acc, m, l
 
-        @pl.when(num_pieces > 1)
+        @pl.when(token < splits_ref[split, plan.SPLIT_TOKENS])
         def _():
-            @pl.loop(0, tiles_ref[tile, plan.NUM_TOKENS])
-            def _(token):
-                token_rows = pl.ds(token * PG, rows)
-                start = tuple(
-                    plgpu.layout_cast(jnp.full((rows, D), value, jnp.float32), layout) for value in (0.0, -1e30, 0.0)
-                )
-                acc, _, l = lax.fori_loop(
-                    0, pl.cdiv(num_pieces, at_once), lambda i, c: join(token_rows, c, i * at_once), start
-                )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                o_smem[...] = (acc / jnp.maximum(l, 1e-30)).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, G)], out.at[pl.ds(first_row + token * num_heads, G)])
-
+            start = (constant(0.0), constant(-1e30), constant(0.0))
+            acc, _, l = lax.fori_loop(0, pl.cdiv(num_pieces, at_once), join, start)
+            o_smem[...] = (acc / jnp.maximum(l, 1e-30)).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            first_token, head = splits_ref[split, plan.SPLIT_TOKEN], splits_ref[split, plan.SPLIT_HEAD]
+            first_row = (first_token + token) * num_heads + head * G
+            plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, G)], out.at[pl.ds(first_row, G)])
             plgpu.wait_smem_to_gmem(0)
 
     plgpu.kernel(
         kernel,
-        grid=(num_tiles, num_kv_heads),
-        grid_names=("tile", "head"),
+        grid=(work.splits.shape[0], tile_tokens),
+        grid_names=("split", "token"),
         scratch_types=[plgpu.SMEM((rows, D), jnp.bfloat16)],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # Layouts are said here: to infer them takes longer than all else of lowering a step.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
         kernel_name="ragged_paged_attention_combine",
-    )(part, lse, work.tiles, work.share, out_ref)
+    )(part, lse, work.splits, out_ref)

@@ -20,9 +20,12 @@ UNIT = 64  # key positions of one pipeline stage
 MAX_SHORT = 8  # rows with at most this many query tokens go to the decode kernel when a bucket runs both kernels
 
 # Columns of a tile's description.
-ROW, FIRST_TOKEN, NUM_TOKENS, FIRST_POS, FIRST_UNIT, NUM_UNITS, KV_LEN, UNITS_BEFORE = range(8)
+ROW, FIRST_TOKEN, NUM_TOKENS, FIRST_POS, FIRST_UNIT, NUM_UNITS, KV_LEN = range(7)
 # Columns of a worker's description.
 START_TILE, START_HEAD, START_UNIT, WORKER_UNITS = range(4)
+# Columns of a split tile's description. SPLIT_TOKENS is 0 for no tile; FIRST_SLOT says whether its first piece is its
+# worker's first (0) or last (1).
+SPLIT_TOKEN, SPLIT_TOKENS, SPLIT_HEAD, FIRST_WORKER, FIRST_SLOT, NUM_PIECES = range(6)
 
 # First position of rows without keys: every key position is later, so all of them are masked.
 _NO_POSITION = -(1 << 20)
@@ -33,15 +36,15 @@ _MIN_WORKER_UNITS = 4
 class DecodePlan(NamedTuple):
     """Equal shares of all (tile, KV head, unit) triples, in that order, for C workers."""
 
-    tiles: jax.Array  # int32[W, 8]
+    tiles: jax.Array  # int32[W, 7]
     workers: jax.Array  # int32[C, 4]
-    share: jax.Array  # int32[1], units of every worker but the last ones
+    splits: jax.Array  # int32[C-1, 6], the tile that worker i+1 is the first to go on with
 
 
 class PrefillPlan(NamedTuple):
     """Tiles by falling cost; tile i of head h is item ``i * Hk + h``."""
 
-    tiles: jax.Array  # int32[W, 8]
+    tiles: jax.Array  # int32[W, 7]
     num_tiles: jax.Array  # int32[1]
 
 
@@ -78,17 +81,24 @@ def decode_plan(
 
     units = tiles[:, NUM_UNITS]
     units_after = jnp.cumsum(units)
-    tiles = tiles.at[:, UNITS_BEFORE].set(units_after - units)
     total = units_after[-1] * num_kv_heads
     share = jnp.maximum(-(-total // num_workers), _MIN_WORKER_UNITS)
     start = jnp.arange(num_workers) * share
     tile = jnp.minimum(jnp.sum(units_after[None, :] * num_kv_heads <= start[:, None], axis=1), num_tiles - 1)
     within = start - (units_after - units)[tile] * num_kv_heads
     tile_units = jnp.maximum(units[tile], 1)
-    workers = jnp.stack(
-        [tile, within // tile_units, within % tile_units, jnp.clip(total - start, 0, share)], axis=1
-    ).astype(jnp.int32)
-    return DecodePlan(tiles, workers, share[None].astype(jnp.int32))
+    left = jnp.clip(total - start, 0, share)
+    head, unit = within // tile_units, within % tile_units
+    workers = jnp.stack([tile, head, unit, left], axis=1).astype(jnp.int32)
+
+    first = start - unit  # of the units of the tile and head that the worker begins with
+    first_worker = first // share
+    goes_on = (left > 0) & (unit > 0) & (first_worker == jnp.arange(num_workers) - 1)
+    num_tokens_split = jnp.where(goes_on, tiles[tile, NUM_TOKENS], 0)
+    num_pieces = (first + tile_units - 1) // share - first_worker + 1
+    columns = [tiles[tile, FIRST_TOKEN], num_tokens_split, head, first_worker, first % share != 0, num_pieces]
+    splits = jnp.stack(columns, axis=1).astype(jnp.int32)[1:]
+    return DecodePlan(tiles, workers, splits)
 
 
 def prefill_plan(batch: RaggedBatch, num_tokens: int, *, tile_tokens: int, window: int | None) -> PrefillPlan:
@@ -116,7 +126,7 @@ def _tiles(
     num_tiles: int,
     tile_tokens: int,
     window: int | None,
-) -> jax.Array:  # int32[W, 8]
+) -> jax.Array:  # int32[W, 7]
     """The tiles of the rows, in row order; unused entries have no tokens and no units."""
     num_rows = batch.context_lens.shape[0]
     row_tiles = -(-widths // tile_tokens)
@@ -144,6 +154,5 @@ def _tiles(
         first_unit,
         num_units,
         kv_len,
-        jnp.zeros_like(row),
     ]
     return jnp.stack(columns, axis=1).astype(jnp.int32)

@@ -94,7 +94,7 @@ def test_decode_workers_share_every_unit_once(
         window=window,
         short_only=short_only,
     )
-    tiles, workers, share = (np.asarray(x) for x in work)
+    tiles, workers, splits = (np.asarray(x) for x in work)
     seen = check_tiles(tiles, rows, num_tokens, window, tile_tokens)
     mine = widths_of_tokens(rows, num_tokens) <= plan.MAX_SHORT if short_only else np.ones(num_tokens, bool)
     np.testing.assert_array_equal(seen, mine)
@@ -105,14 +105,33 @@ def test_decode_workers_share_every_unit_once(
         for head in range(NUM_KV_HEADS)
         for unit in range(tile[plan.NUM_UNITS])
     ]
+    share = workers[:, plan.WORKER_UNITS].max()
+    assert NUM_WORKERS * share >= len(line)
+    pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of a tile and head: worker, its first piece or a later
     for w, worker in enumerate(workers):
-        units = line[w * share[0] : (w + 1) * share[0]]
+        units = line[w * share : (w + 1) * share]
         assert worker[plan.WORKER_UNITS] == len(units)
         if units:
             assert tuple(worker[: plan.WORKER_UNITS]) == units[0]
-    assert NUM_WORKERS * share[0] >= len(line)
-    for t, tile in enumerate(tiles):
-        assert tile[plan.UNITS_BEFORE] * NUM_KV_HEADS == sum(1 for unit in line if unit[0] < t)
+        for t, head in dict.fromkeys(unit[:2] for unit in units):
+            pieces.setdefault((t, head), []).append((w, int((t, head) != units[0][:2])))
+    check_splits(splits, tiles, {where: of for where, of in pieces.items() if len(of) > 1})
+
+
+def check_splits(splits: np.ndarray, tiles: np.ndarray, pieces: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
+    """Every tile with several pieces once, at the border behind its first piece."""
+    told = {}
+    for border, split in enumerate(splits):
+        if split[plan.SPLIT_TOKENS] == 0:
+            continue
+        (t,) = np.flatnonzero((tiles[:, plan.FIRST_TOKEN] == split[plan.SPLIT_TOKEN]) & (tiles[:, plan.NUM_UNITS] > 0))
+        assert split[plan.SPLIT_TOKENS] == tiles[t, plan.NUM_TOKENS]
+        first = split[plan.FIRST_WORKER]
+        assert first == border
+        told[t, split[plan.SPLIT_HEAD]] = [(first, split[plan.FIRST_SLOT])] + [
+            (first + i, 0) for i in range(1, split[plan.NUM_PIECES])
+        ]
+    assert told == pieces
 
 
 @settings(max_examples=40, deadline=None)
