@@ -23,35 +23,38 @@ def repeated_pattern_len(
     """The shortest pattern in the rule's range that ``token_ids[:length]`` ends in ``min_count`` times; 0 if none.
 
     A tail of c copies of a pattern of p tokens is a tail of c*p tokens in which each equals the one p before it, so its
-    last (c-1)*p tokens recur p tokens earlier. They are searched as bytes, and compared in full only where they recur:
-    most outputs cost one scan of ``max_pattern_size`` tokens.
+    last (c-1)*p tokens recur p tokens earlier. Their ending is searched as bytes, and they are compared in full only
+    where it recurs: most outputs cost one scan of ``max_pattern_size`` tokens.
     """
-    count = rule.min_count
+    count, smallest = rule.min_count, rule.min_pattern_size
     longest = min(rule.max_pattern_size, length // count)
     # apart, because of the shortest patterns so few tokens must recur that they recur everywhere
-    few = min(longest, (_TELLING_LEN - 1) // (count - 1))
-    return _shortest(token_ids, length, rule.min_pattern_size, few, count) or _shortest(
-        token_ids, length, max(rule.min_pattern_size, few + 1), longest, count
-    )
+    few = (_TELLING_LEN - 1) // (count - 1)
+    if smallest <= few:
+        if found := _shortest(token_ids, length, smallest, min(longest, few), count):
+            return found
+        smallest = few + 1
+    return _shortest(token_ids, length, smallest, longest, count)
 
 
 def _shortest(token_ids: array[int], length: int, smallest: int, longest: int, count: int) -> int:
     """``repeated_pattern_len`` of patterns of ``smallest..longest`` tokens."""
     if longest < smallest:
         return 0
-    tail = token_ids[length - smallest * (count - 1) : length]  # what recurs of every pattern is at least as long
-    ending = tail[-_NEEDLE_LEN:]
-    needle = ending.tobytes()
-    # from the needle at the distance of the longest pattern to that at the distance of the shortest
-    recent = token_ids[length - longest - len(ending) : length - smallest].tobytes()
-    end = len(recent)
+    tail_len = smallest * (count - 1)  # what recurs of every pattern is at least as long
+    needle_len = tail_len if tail_len < _NEEDLE_LEN else _NEEDLE_LEN
+    width = token_ids.itemsize
+    # from the needle at the distance of the longest pattern to that at the distance of the shortest, and to itself
+    recent = token_ids[length - longest - needle_len : length].tobytes()
+    needle = recent[-width * needle_len :]
+    end = len(recent) - width * smallest
     while (at := recent.rfind(needle, 0, end)) >= 0:
         end = at + len(needle) - 1
-        if at % token_ids.itemsize:  # bytes of two tokens
+        if at % width:  # bytes of two tokens
             continue
-        size = longest - at // token_ids.itemsize
+        size = longest - at // width
         if (
-            tail == token_ids[length - len(tail) - size : length - size]
+            token_ids[length - tail_len : length] == token_ids[length - tail_len - size : length - size]
             and token_ids[length - size : length] == token_ids[length - 2 * size : length - size]
             and token_ids[length - size * (count - 1) : length] == token_ids[length - size * count : length - size]
         ):

@@ -37,7 +37,8 @@ def append_tokens(
     while len(output) >= choice.repetition_at:
         look_at = choice.repetition_at
         choice.repetition_at = look_at + LOOK_EVERY
-        if look_at < choice.min_output_len or not _loops(choice, look_at):
+        rule = choice.repetition
+        if look_at < choice.min_output_len or rule is None or not repeated_pattern_len(output, rule, look_at):
             continue
         if not choice.repetition_stops:
             stats.num_repetition_warnings += 1
@@ -48,8 +49,3 @@ def append_tokens(
             return "repetition", "repetition_detected"
     choice.find_quiet_len()
     return reason, stop_reason
-
-
-def _loops(choice: Choice, length: int) -> bool:
-    rule = choice.repetition
-    return rule is not None and repeated_pattern_len(choice.output_token_ids, rule, length) > 0
