@@ -212,7 +212,7 @@ def test_the_watchdog_ends_a_hung_step():
             hung.set()
             assert release.wait(20)
 
-    core, sink = make_core(FakeRunner(hook), watchdog_seconds=0.2), Sink()
+    core, sink = make_core(FakeRunner(hook), watchdog_seconds=0.5), Sink()
     choices = [make_choice(max_tokens=20) for _ in range(6)]
     core.submit(choices, sink)
     core.start()
@@ -362,11 +362,11 @@ def test_shutdown_of_a_core_that_never_ran():
 
 def test_max_seconds_ends_waiting_and_running_choices():
     def hook(kind, number):
-        time.sleep(0.005)
+        time.sleep(0.01)
 
     core = make_core(FakeRunner(hook), max_num_seqs=1)
-    running = make_choice(max_tokens=50, max_seconds=0.05)
-    waiting = make_choice(max_tokens=5, max_seconds=0.05)
+    running = make_choice(max_tokens=50, max_seconds=0.4)
+    waiting = make_choice(max_tokens=5, max_seconds=0.4)
     patient = make_choice(max_tokens=5)
     sink = run(core, [running, waiting, patient])
     assert sink.reason(running) == "timeout" and 0 < len(sink.tokens(running)) < 50

@@ -418,11 +418,13 @@ def test_a_result_of_garbage_is_not_passed_on(engine, cases):
 
 
 def test_leaving_the_with_block_by_an_error_cleans_up():
-    core = crowded_core(FakeRunner(lambda what, step_id: time.sleep(0.01)))  # so that nobody is done before the error
+    crowded = threading.Event()  # nobody is done before the error
+    core = crowded_core(FakeRunner(lambda what, step_id: crowded.wait(20) and time.sleep(0.01)))
     callers = Callers(core)
     with pytest.raises(Failure), callers.llm:
         callers.start()
         until(lambda: len(core.callers) > 100)
+        crowded.set()
         raise Failure("the caller's own")
     callers.join()
     assert {type(outcome) for outcome in callers.outcomes()} == {EngineDeadError}

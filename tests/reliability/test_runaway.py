@@ -1,6 +1,7 @@
 """Runaway protection: lengths, wall clocks and loop detection by the engine's settings, and what they cost."""
 
 import dataclasses
+import gc
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ from serving import GREEDY, K, generate, idle, ids, serve
 from jaxserve import ConfigError, EngineConfig, InvalidRequestError, SamplingParams
 from jaxserve.engine.requests import RequestBuilder
 from jaxserve.sampling_params import RepetitionDetection
-from jaxserve.scheduler import Choice, Scheduler, SchedulerConfig, StepResult
+from jaxserve.scheduler import Choice, Scheduler, SchedulerConfig, StepResult, stopping
 
 RULE = RepetitionDetection(max_pattern_size=3, min_count=5)
 
@@ -37,13 +38,14 @@ def test_an_answer_without_a_limit_has_the_engines(engine, cases, monkeypatch):
 
 @pytest.mark.parametrize("where", ["request", "engine", "scheduler"])
 def test_a_wall_clock_ends_an_answer(engine, cases, monkeypatch, where):
-    """Steps that take 20 ms; who is slower than the clock gets what there is, the others all of theirs."""
-    settings = {"max_seconds": 0.15} if where == "scheduler" else {}
+    """Steps that take 40 ms; who is slower than the clock gets what there is, the others all of theirs."""
+    seconds = 0.6  # of the 1.1 that the answer would take; a busy machine needs some of them for the first token
+    settings = {"max_seconds": seconds} if where == "scheduler" else {}
     with serve(engine, **settings) as llm:
-        llm.engine.core.runner.before = lambda plan: time.sleep(0.02)
+        llm.engine.core.runner.before = lambda plan: time.sleep(0.04)
         if where == "engine":
-            monkeypatch.setattr(llm, "_builder", builder_with(llm, max_seconds=0.15))
-        slow = GREEDY.with_changes(num_speculative_tokens=0, max_seconds=0.15 if where == "request" else 60.0)
+            monkeypatch.setattr(llm, "_builder", builder_with(llm, max_seconds=seconds))
+        slow = GREEDY.with_changes(num_speculative_tokens=0, max_seconds=seconds if where == "request" else 60.0)
         quick = GREEDY.with_changes(max_tokens=1)
         outputs = [output.outputs[0] for output in generate(llm, [c.prompt for c in cases[:2]], [slow, quick])]
         assert (outputs[0].finish_reason, outputs[1].finish_reason) == ("timeout", "length")
@@ -164,29 +166,63 @@ def test_a_runaway_holds_up_nobody(budget, adaptive):
         assert slow <= (2 * quick if budget < 40 else quick + 3)
 
 
-def test_looking_for_loops_costs_little():
-    """256 choices of up to 5 tokens a step, warn mode against off: 70 to 117 us a step; loaded machines have room."""
+class Busy:
+    """256 choices that emit 1 to 5 tokens a step, the same ones in every run."""
 
-    def seconds_a_step(repetition):
-        scheduler = Scheduler(
+    def __init__(self, repetition):
+        self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=256, max_model_len=4096, max_num_batched_tokens=2048, block_size=64, num_blocks=16384,
                 max_drafts=4, adaptive_drafts=None, run_ahead=0, repetition=repetition,
             )
         )  # fmt: skip
-        rng = np.random.default_rng(0)
+        self.rng = np.random.default_rng(0)
         for number in range(256):
-            scheduler.add(make_choice(number, 4, 2000))
-        times = []
-        for _ in range(64):
-            plan = scheduler.schedule()
-            emitted = np.where(plan.samples, 1 + rng.integers(0, plan.num_drafts + 1), 0).astype(np.int32)
-            token_ids = rng.integers(0, 50, (len(emitted), 5), dtype=np.int32)  # few ids: a token often recurs
-            result = StepResult(plan.step_id, token_ids, emitted, plan.num_drafts)
-            before = time.thread_time()
-            scheduler.commit(plan, result)
-            times.append(time.thread_time() - before)
-        return sum(times[16:]) / len(times[16:])
+            self.scheduler.add(make_choice(number, 4, 2000))
 
-    rounds = [(seconds_a_step("warn"), seconds_a_step("off")) for _ in range(4)]
-    assert min(warn for warn, _ in rounds) - min(off for _, off in rounds) < 200e-6, rounds
+    def step(self):
+        """Seconds of this thread that the commit took."""
+        plan = self.scheduler.schedule()
+        emitted = np.where(plan.samples, 1 + self.rng.integers(0, plan.num_drafts + 1), 0).astype(np.int32)
+        token_ids = self.rng.integers(0, 50, (len(emitted), 5), dtype=np.int32)  # few ids: a token often recurs
+        result = StepResult(plan.step_id, token_ids, emitted, plan.num_drafts)
+        before = time.thread_time()
+        self.scheduler.commit(plan, result)
+        return time.thread_time() - before
+
+
+def step_seconds(repeats):
+    """Mean seconds of a step's commit in warn mode and in off mode, of each step the quickest of its repeats.
+
+    Whoever else uses the machine makes some of them slow: one quiet moment for each step is enough.
+    """
+    times = np.empty((repeats, 2, 64))
+    gc.collect()
+    gc.disable()
+    try:
+        for repeat in times:
+            runs = Busy("warn"), Busy("off")
+            for step in range(64):
+                repeat[:, step] = [run.step() for run in runs]
+    finally:
+        gc.enable()
+    return times.min(axis=0)[:, 16:].mean(axis=1)
+
+
+def costs_little(warn, off):
+    """The bar is 100 us; twice that is for slower machines, and where all of a commit is slow so is this part."""
+    return warn - off < max(200e-6, off / 2)
+
+
+def test_looking_for_loops_costs_little():
+    """256 choices of up to 5 tokens a step, warn mode against off: 80 to 91 us of the 400 of a step's commit."""
+    warn, off = step_seconds(repeats=8)
+    assert costs_little(warn, off), (warn, off)
+
+
+def test_a_costly_look_would_be_seen(monkeypatch):
+    """Six looks for each one."""
+    look = stopping.repeated_pattern_len
+    monkeypatch.setattr(stopping, "repeated_pattern_len", lambda *args: [look(*args) for _ in range(6)][0])
+    warn, off = step_seconds(repeats=3)
+    assert not costs_little(warn, off), (warn, off)
