@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxserve.sampling import logprobs, processors
 from jaxserve.sampling.logprobs import LogprobArrays
@@ -20,7 +21,7 @@ from jaxserve.sampling.noise import gumbel
 from jaxserve.sampling.rows import SampleRows
 from jaxserve.sampling.state import SamplingState
 from jaxserve.sampling.tier import Tier
-from jaxserve.sampling.truncate import truncate
+from jaxserve.sampling.truncate import in_parts, truncate
 
 
 def sample(
@@ -54,7 +55,26 @@ def sample(
     if tier.covers(Tier.PLAIN):
         noise = gumbel(state.key[rows.slots], rows.output_index, logits.shape[1])
         logits = logits + state.temperature[rows.slots][:, None] * noise
-    token_ids = jnp.argmax(logits, axis=1).astype(jnp.int32)
+    token_ids = first_largest(logits)
     if not tier.covers(Tier.SCORED):
         return token_ids, None
     return token_ids, logprobs.compute(raw, token_ids, max_logprobs)
+
+
+def first_largest(
+    logits: jax.Array,  # float32[M, V], no NaN
+) -> jax.Array:
+    """int32[M]: the lowest id among those of the row's largest logits.
+
+    ``jnp.argmax`` over parts of the row first: a handful of whole rows can't occupy a GPU.
+    """
+    parts = in_parts(logits, -jnp.inf)  # [M, parts, ids of a part]
+    ids = jnp.arange(parts.shape[1] * parts.shape[2], dtype=jnp.int32).reshape(parts.shape[1:])
+    nothing = jnp.float32(-jnp.inf), np.int32(2**31 - 1)
+
+    def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        a_wins = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return jnp.where(a_wins, a[0], b[0]), jnp.where(a_wins, a[1], b[1])
+
+    found = jax.lax.reduce((parts, jnp.broadcast_to(ids, parts.shape)), nothing, better, (2,))
+    return jax.lax.reduce(found, nothing, better, (1,))[1]

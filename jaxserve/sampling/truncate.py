@@ -97,7 +97,7 @@ def descend(
     A pass weighs the ids above 2**digit_bits - 1 thresholds: as many sibling reductions of one operand, which the
     compiler fuses (on GPU at most eight). Each is over parts of the row first: one row alone can't occupy a GPU.
     """
-    keys = _in_parts(keys)
+    keys = in_parts(keys, 0)  # below every threshold
 
     def weigh(bound: jax.Array) -> jax.Array:
         kept = keys >= bound[:, None, None]
@@ -119,10 +119,11 @@ def descend(
     return jax.lax.fori_loop(0, num_passes, one_pass, threshold, unroll=unroll)
 
 
-def _in_parts(
+def in_parts(
     x: jax.Array,  # [M, V]
+    fill: float,
 ) -> jax.Array:
-    """[M, parts, ceil(V / parts)], padded with 0, which is below every threshold."""
+    """[M, parts, ceil(V / parts)], padded with ``fill``."""
     M, V = x.shape
     part = -(-V // _PARTS)
-    return jnp.pad(x, ((0, 0), (0, _PARTS * part - V))).reshape(M, _PARTS, part)
+    return jnp.pad(x, ((0, 0), (0, _PARTS * part - V)), constant_values=fill).reshape(M, _PARTS, part)
