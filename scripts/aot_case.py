@@ -26,7 +26,7 @@ from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention, attention_specs
 from jaxserve.runner.compiler import Compiler, Task
 from jaxserve.runner.config import RunnerConfig
-from jaxserve.runner.executables import SampleKey
+from jaxserve.runner.executables import BurstKey, SampleKey
 from jaxserve.runner.state import init_scratch, init_slots
 from jaxserve.sampling.tier import Tier
 from jaxserve.weights.config_file import read_model_toml
@@ -164,7 +164,9 @@ def lower_full_sampler(case: Case, mesh: Any) -> dict[str, Lowered]:
 
 def lower_burst(case: Case, mesh: Any) -> dict[str, Lowered]:
     """Several decode steps in one call."""
-    burst = step_compiler(case, mesh, STEP_LAYERS).burst(case.num_tokens, case.num_tokens)
+    burst = step_compiler(case, mesh, STEP_LAYERS).burst(
+        BurstKey(Tier.PLAIN, case.num_tokens, case.num_tokens, BURST_LEN)
+    )
     return {"burst": lower_task(burst, case.temp_mib, attention_layers=STEP_LAYERS)}
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.describe import describe
 from jaxserve.engine.design import design
-from jaxserve.engine.drafter import load_drafter, open_drafter
+from jaxserve.engine.drafter import abstract_drafter, load_drafter, open_drafter
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sharding import named_shardings
@@ -31,7 +32,7 @@ from jaxserve.runner.config import NgramConfig, RunnerConfig
 from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executable_cache import ExecutableCache, make_directory
 from jaxserve.runner.executables import propose_keys, sample_keys
-from jaxserve.runner.memory import MemoryPlan, check_fits, plan_blocks
+from jaxserve.runner.memory import EXPLICIT, MemoryPlan, check_fits, plan_blocks
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduler.adaptive import AdaptiveDrafts
 from jaxserve.scheduler.config import SchedulerConfig
@@ -91,7 +92,11 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     model, attention, selection = design(config, checkpoint.config, _known(config.block_size), mesh)
     draft_checkpoint = open_drafter(config, checkpoint.config, _known(config.max_model_len), tokenizer)
     shardings = named_shardings(model.param_axes, mesh)
-    _check_room(config, attention, bytes_on_a_device(abstract_params(model, shardings, config.quantization)))
+    abstract = abstract_params(model, shardings, config.quantization)
+    _check_room(config, attention, bytes_on_a_device(abstract))
+    runner_config = _runner_config(config, checkpoint.config, platform)
+    sketch = abstract_drafter(config, draft_checkpoint, (model, attention))
+    trial = _start_trial(config, Runner(model, abstract, attention, runner_config, sketch).compiler())
     params = load_params(
         checkpoint,
         model,
@@ -105,8 +110,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         target = checkpoint, model, attention, params
         drafter = load_drafter(config, config.speculative_config, draft_checkpoint, target, progress=progress)
     loaded = time.perf_counter()
-    runner_config = _runner_config(config, checkpoint.config, platform)
-    memory = _plan_memory(config, Runner(model, params, attention, runner_config, drafter), attention.mesh)
+    memory = _plan_memory(config, Runner(model, params, attention, runner_config, drafter), trial.result())
     check_fits(memory, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
     planned = time.perf_counter()
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
@@ -215,9 +219,14 @@ def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> R
     )
 
 
+def _memory_stats(mesh: Mesh) -> dict[str, int]:
+    """What the first device says of its memory; a CPU says nothing."""
+    return mesh.devices.flat[0].memory_stats() or {}
+
+
 def _check_room(config: EngineConfig, attention: PagedAttention, params: int) -> None:
     """Refuses, before weights are read, a pool that is too small if nothing but ``params`` bytes takes memory."""
-    stats = attention.mesh.devices.flat[0].memory_stats() or {}
+    stats = _memory_stats(attention.mesh)
     roomiest = plan_blocks(
         limit=stats.get("bytes_limit"),
         params=params,
@@ -230,24 +239,34 @@ def _check_room(config: EngineConfig, attention: PagedAttention, params: int) ->
     check_fits(roomiest, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
 
 
-def _plan_memory(config: EngineConfig, runner: Runner, mesh: Mesh) -> MemoryPlan:
-    """Where the memory goes; ``runner`` has a pool of a trial size and isn't started."""
-    device = mesh.devices.flat[0]
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit")
+def _start_trial(config: EngineConfig, compiler: Compiler) -> Future[int]:
+    """Compiles the largest forward, sampler and proposer with a small pool, while weights are loaded: bytes of their
+    temporaries; 0 where it doesn't matter."""
+    stats = _memory_stats(compiler.attention.mesh)
+    thread = ThreadPoolExecutor(1, "trial")
+    if stats.get("bytes_limit") is None or any(getattr(config, name) is not None for name in EXPLICIT):
+        found = thread.submit(int)
+    else:
+        found = thread.submit(_trial_temp, compiler, config.compilation_cache_dir)
+    thread.shutdown(wait=False)
+    return found
+
+
+def _plan_memory(config: EngineConfig, runner: Runner, temp: int) -> MemoryPlan:
+    """Where the memory goes; ``runner`` has a pool of a trial size and isn't started, ``temp`` is its temporaries'."""
     compiler = runner.compiler()
+    stats = _memory_stats(compiler.attention.mesh)
     block = compiler.attention.bytes_per_block()
     # A twin shares some arrays with its target.
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(compiler.params)}
     if compiler.drafter is not None:
         block += compiler.drafter.attention.bytes_per_block()
         leaves |= {id(leaf): leaf for leaf in jax.tree.leaves(compiler.drafter.params)}
-    explicit = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
     return plan_blocks(
-        limit=limit,
+        limit=stats.get("bytes_limit"),
         params=stats.get("bytes_in_use", bytes_on_a_device(list(leaves.values()))),
         state=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((compiler.slots, compiler.scratch))),
-        temp=0 if limit is None or explicit else _trial_temp(compiler, config.compilation_cache_dir),
+        temp=temp,
         block=block,
         override=config.num_gpu_blocks_override,
         kv_bytes=config.kv_cache_memory_bytes,
@@ -255,7 +274,6 @@ def _plan_memory(config: EngineConfig, runner: Runner, mesh: Mesh) -> MemoryPlan
 
 
 def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
-    """Temporaries of the largest forward, sampler and proposer, compiled with a small pool."""
     cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
     largest = [
         compiler.forward(*compiler.config.token_buckets[-1]),

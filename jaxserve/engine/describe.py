@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
+from jaxserve.runner.buckets import burst_len
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.executables import Executables
 from jaxserve.runner.memory import MemoryPlan
@@ -54,7 +55,9 @@ def describe(
 def _bursts(config: RunnerConfig) -> str:
     if not config.burst_buckets:
         return "1"
-    return f"{config.burst_len} where at most {config.burst_buckets[-1][1]} requests run, else 1"
+    lengths = {burst_len(rows, config.burst_len): rows for _, rows in config.burst_buckets}
+    most = ", ".join(f"{length} where at most {rows} requests run" for length, rows in lengths.items())
+    return f"{most}, else 1"
 
 
 def _drafts(config: EngineConfig) -> str:

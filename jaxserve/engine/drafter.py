@@ -16,7 +16,7 @@ from jaxserve.runner.attend import PagedAttention
 from jaxserve.runner.draft import DraftModel
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.load import by_path, load_params
-from jaxserve.weights.quantize import packing_of, params_bytes, quantize_params
+from jaxserve.weights.quantize import abstract_params, packing_of, params_bytes, quantize_params
 from jaxserve.weights.tokenizer import load_tokenizer
 from jaxserve.weights.tokenizer_files import has_tokenizer
 
@@ -58,6 +58,20 @@ def open_drafter(config: EngineConfig, target: ModelConfig, max_model_len: int, 
                 "target's; allowed: the same tokenizer"
             )
     return checkpoint
+
+
+def abstract_drafter(
+    config: EngineConfig, checkpoint: Checkpoint | None, target: tuple[Model, PagedAttention]
+) -> DraftModel | None:
+    """What ``load_drafter`` will return, with shapes in place of parameters; None where no model drafts."""
+    speculative = config.speculative_config
+    if speculative is None or speculative.method != "draft_model":
+        return None
+    model, attention = target
+    if checkpoint is not None:
+        model, attention, _ = design(config, checkpoint.config, attention.specs[0].block_size, attention.mesh)
+    shardings = named_shardings(model.param_axes, attention.mesh)
+    return DraftModel(model, attention, abstract_params(model, shardings, speculative.quantization), share=0.0)
 
 
 def load_drafter(

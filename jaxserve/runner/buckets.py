@@ -6,8 +6,10 @@ from bisect import bisect_left
 
 # By platform: the smallest decode bucket, how many row buckets at most, and the step between mixed buckets. One row is
 # slower than eight on Hopper; on CPU eight rows cost 3.5 of one, and a compilation is slow.
-_SIZES = {"cpu": (1, 2, 8), "gpu": (8, 5, 2), "tpu": (8, 5, 4)}
-_MAX_BURST_ROWS = 64  # on one H100 a step of more rows takes the device longer than the host
+_SIZES = {"cpu": (1, 2, 8), "gpu": (8, 4, 2), "tpu": (8, 4, 4)}
+# On one H100 a step of more rows takes the device about as long as the host: two in one call hide that, and a request
+# that arrives waits for fewer.
+_LONG_BURST_ROWS = 64
 
 
 def row_buckets(max_num_seqs: int, platform: str) -> tuple[int, ...]:
@@ -38,18 +40,20 @@ def token_buckets(max_num_batched_tokens: int, rows: tuple[int, ...], platform: 
 
 
 def burst_buckets(rows: tuple[int, ...], max_drafts: int) -> tuple[tuple[int, int], ...]:
-    """(tokens, rows) pairs, two at most, for steps that take the host longer than the device.
+    """(tokens, rows) pairs for several steps in one call.
 
-    Without drafts: the fewest rows, and the most with which that is so. With drafts few rows have as many tokens.
+    Without drafts: the decode buckets. With drafts: the fewest rows, without and with drafts in each.
     """
-    small = [size for size in rows if size <= _MAX_BURST_ROWS]
-    if not small:
-        return ()
-    fewest, most = small[0], small[-1]
     if not max_drafts:
-        return tuple(dict.fromkeys([(fewest, fewest), (most, most)]))
-    wide = next((size for size in small if size >= fewest * (1 + max_drafts)), most)
+        return tuple((size, size) for size in rows)
+    fewest = rows[0]
+    wide = next((size for size in rows if size >= fewest * (1 + max_drafts)), rows[-1])
     return tuple(dict.fromkeys([(fewest, fewest), (wide, fewest)]))
+
+
+def burst_len(num_rows: int, longest: int) -> int:
+    """Steps of a burst of so many rows, where ``longest`` are allowed."""
+    return longest if num_rows <= _LONG_BURST_ROWS else min(longest, 2)
 
 
 def pick_forward(buckets: tuple[tuple[int, int], ...], num_tokens: int, num_rows: int) -> tuple[int, int]:

@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 from jaxserve.runner.compiler import Compiler, Task
 from jaxserve.runner.executable_cache import ExecutableCache
-from jaxserve.runner.executables import Executables, SampleKey, propose_keys, sample_keys, temp_bytes
+from jaxserve.runner.executables import (
+    Executables,
+    SampleKey,
+    burst_keys,
+    propose_keys,
+    sample_keys,
+    temp_bytes,
+)
 from jaxserve.runner.jax_cache import ApartFromJaxCache
 
 logger = logging.getLogger("jaxserve")
@@ -25,7 +32,7 @@ def measure_temp(tasks: Sequence[Task], cache: ExecutableCache | None) -> int:
     known = {task.name: None if cache is None else cache.load_temp(task) for task in tasks}
     unknown = [task for task in tasks if known[task.name] is None]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = pool.map(lambda lowered: lowered.compile(), [task.lower() for task in unknown])
+        compiled = pool.map(lambda task, lowered: lowered.compile(task.options), unknown, [t.lower() for t in unknown])
         for task, executable in zip(unknown, compiled, strict=True):
             known[task.name] = size = temp_bytes(executable)
             if cache is not None:
@@ -74,7 +81,7 @@ def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: 
         prompt_scores=done["prompt_scores"],
         forward={key: done["forward", key] for key in config.token_buckets},
         sample={key: done["sample", key] for key in sample_keys(config)},
-        burst={key: done["burst", key] for key in config.burst_buckets},
+        burst={key: done["burst", key] for key in burst_keys(config)},
         propose={key: done["propose", key] for key in proposals},
         prompt_score_tokens=compiler.prompt_score_tokens,
         num_from_cache=num_from_cache,
@@ -86,7 +93,7 @@ def _tasks(compiler: Compiler) -> tuple[dict[Any, Task], tuple[SampleKey, ...]]:
     """All tasks, and which the draft model's are. The largest come first: they take longest, others fill the gaps."""
     config = compiler.config
     tasks: dict[Any, Task] = {("forward", key): compiler.forward(*key) for key in reversed(config.token_buckets)}
-    tasks |= {("burst", key): compiler.burst(*key) for key in reversed(config.burst_buckets)}
+    tasks |= {("burst", key): compiler.burst(key) for key in reversed(burst_keys(config))}
     proposals: tuple[SampleKey, ...] = ()
     if compiler.drafter is not None:
         proposals = propose_keys(config)
@@ -98,8 +105,8 @@ def _tasks(compiler: Compiler) -> tuple[dict[Any, Task], tuple[SampleKey, ...]]:
 
 def _compile(task: Task, lowered: Any, cache: ExecutableCache | None, apart: ApartFromJaxCache | None) -> Any:
     if cache is None or apart is None:
-        return lowered.compile()
-    compiled, may_be_written = apart.compile(lowered)
+        return lowered.compile(task.options)
+    compiled, may_be_written = apart.compile(lowered, task.options)
     if may_be_written:
         cache.store(task, compiled)
     else:

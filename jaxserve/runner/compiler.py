@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,14 @@ from jaxserve.runner import draft, step
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.draft import DraftModel
-from jaxserve.runner.executables import SampleKey
+from jaxserve.runner.executables import BurstKey, SampleKey
 from jaxserve.runner.packet import Fields, packet_len
 from jaxserve.runner.state import Scratch, SlotState
-from jaxserve.sampling.tier import Tier
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 ADMISSION_ROWS = 8  # admissions in one upload
 PROMPT_SCORE_TOKENS = 256  # prompt tokens that one call scores
+_NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 30}  # kernels of a graph, at least
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Task:
         args: shapes with shardings, or arrays.
         donate: which of them.
         out: shardings of the results.
+        options: of XLA's compiler, where they differ from its own.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     args: tuple[Any, ...]
     donate: tuple[int, ...]
     out: Any
+    options: Mapping[str, Any] | None = None
 
     def lower(self) -> jax.stages.Lowered:
         """Traces."""
@@ -84,26 +86,30 @@ class Compiler:
             num_rows=num_rows,
         )
         out = (self._pools(kv), self._whole(self.scratch))
-        return Task(f"forward_{num_tokens}x{num_rows}", run, (params, kv, self.slots, self.scratch), (1, 3), out)
+        args = (params, kv, self.slots, self.scratch)
+        # A mixed step takes the device longer than launching its kernels one by one takes the host, and the first of
+        # them runs while the others are launched; a graph is launched after it was recorded.
+        options = _NO_GRAPHS if self._platform == "gpu" and num_tokens > num_rows else None
+        return Task(f"forward_{num_tokens}x{num_rows}", run, args, (1, 3), out, options)
 
-    def burst(self, num_tokens: int, num_rows: int) -> Task:
-        """Tier PLAIN serves greedy rows too."""
+    def burst(self, key: BurstKey) -> Task:
         models, params, kv = self._trunks()
         run = functools.partial(
             step.burst,
             models=models,
             config=self.config,
-            tier=Tier.PLAIN,
-            num_tokens=num_tokens,
-            num_rows=num_rows,
+            tier=key.tier,
+            num_tokens=key.num_tokens,
+            num_rows=key.num_rows,
         )
         heads: tuple[Any, ...] = (self.model.head_params(self.params),)
         if self.drafter is not None:
             heads += (self.drafter.params,)
-        packets = self._words(self.config.burst_len, packet_len(self.config))
+        packets = self._words(key.num_steps, packet_len(self.config))
         args = (params, heads, kv, self.slots, self.scratch, packets)
         out = (self._pools(kv), self._whole(self.slots), self._whole(self.scratch), self._sharding(WHOLE))
-        return Task(f"burst_{num_tokens}x{num_rows}", run, args, (2, 3, 4), out)
+        name = f"burst_{key.tier.name.lower()}_{key.num_tokens}x{key.num_rows}"
+        return Task(name, run, args, (2, 3, 4), out)
 
     def sample(self, key: SampleKey) -> Task:
         run = functools.partial(
@@ -153,6 +159,10 @@ class Compiler:
     @property
     def prompt_score_tokens(self) -> int:
         return min(PROMPT_SCORE_TOKENS, self.config.max_num_batched_tokens)
+
+    @property
+    def _platform(self) -> str:
+        return self.attention.mesh.devices.flat[0].platform
 
     def _trunks(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """Models with their attention, parameters, pools: of the target, then of the draft model."""

@@ -32,8 +32,8 @@ class RunnerConfig:
         limits: caps of variable-size request fields.
         token_buckets: (tokens, rows) of every forward executable, ascending.
         row_buckets: rows of the sampling executables, ascending; the last is ``max_num_seqs``.
-        burst_len: plans that one call of a burst's executable runs; 1: there are none.
-        burst_buckets: (tokens, rows) of the bursts' executables, ascending.
+        burst_len: most plans that one call of a burst's executable runs; 1: there are none.
+        burst_buckets: (tokens, rows) of bursts, ascending.
     """
 
     max_num_seqs: int

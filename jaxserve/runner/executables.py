@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jaxserve.runner.buckets import burst_len
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.sampling.tier import Tier
 
@@ -26,6 +27,19 @@ class SampleKey:
         return self.tier.covers(tier) and self.num_drafts >= num_drafts and self.num_rows >= num_rows
 
 
+@dataclass(frozen=True)
+class BurstKey:
+    """An executable that makes several steps of one size."""
+
+    tier: Tier
+    num_tokens: int
+    num_rows: int
+    num_steps: int
+
+    def serves(self, tier: Tier, num_tokens: int, num_rows: int) -> bool:
+        return self.tier.covers(tier) and self.num_tokens >= num_tokens and self.num_rows >= num_rows
+
+
 def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
     """The sampling executables, cheapest first. The rarer ones come in few sizes; a step takes the next that serves.
 
@@ -38,17 +52,23 @@ def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
         rare = last if K else ends
         sizes = {Tier.GREEDY: rows, Tier.PLAIN: rows, Tier.TRUNCATED: rare, Tier.SCORED: rare, Tier.FULL: rare}
     else:
-        middle = rows[len(rows) // 2]
-        sizes = {Tier.GREEDY: last, Tier.PLAIN: (rows[0], *rows[2:])}
-        if K:
-            sizes |= {Tier.TRUNCATED: ends, Tier.SCORED: last, Tier.FULL: ends}
-        else:
-            sizes |= {Tier.TRUNCATED: (rows[0], middle, rows[-1]), Tier.SCORED: (middle, rows[-1])}
-            sizes[Tier.FULL] = sizes[Tier.SCORED]
+        rare = rows[::-2][::-1]  # every other size, the last among them
+        sizes = {Tier.GREEDY: last, Tier.PLAIN: tuple(dict.fromkeys((rows[0], *rare)))}
+        sizes |= {Tier.TRUNCATED: rare, Tier.SCORED: last if K else rare, Tier.FULL: rare}
     keys = [SampleKey(tier, K, size) for tier, some in sizes.items() for size in some]
     if K:  # a step without drafts takes the verifier where rows are few: the LM head costs the same there
         keys += [SampleKey(Tier.PLAIN, 0, size) for size in rows[-2:]]
     return tuple(sorted(keys, key=lambda key: key.cost))
+
+
+def burst_keys(config: RunnerConfig) -> tuple[BurstKey, ...]:
+    """The bursts' executables, cheapest first. Tier PLAIN serves greedy rows too; TRUNCATED comes in one size."""
+    buckets = config.burst_buckets if config.burst_len > 1 else ()
+    found = []
+    for number, (tokens, rows) in enumerate(buckets):
+        tiers = (Tier.PLAIN, Tier.TRUNCATED) if number == min(1, len(buckets) - 1) else (Tier.PLAIN,)
+        found += [BurstKey(tier, tokens, rows, burst_len(rows, config.burst_len)) for tier in tiers]
+    return tuple(found)
 
 
 def propose_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
@@ -67,7 +87,7 @@ class Executables:
     prompt_scores: Any
     forward: dict[tuple[int, int], Any]
     sample: dict[SampleKey, Any]
-    burst: dict[tuple[int, int], Any]
+    burst: dict[BurstKey, Any]
     propose: dict[SampleKey, Any]  # empty without a draft model
     prompt_score_tokens: int  # that one call of prompt_scores takes
     num_from_cache: int  # how many weren't compiled but read

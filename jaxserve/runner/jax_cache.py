@@ -37,10 +37,10 @@ class ApartFromJaxCache:
         jax.monitoring.unregister_event_listener(self._heard)
         jax.config.update(_SETTING, self._before)
 
-    def compile(self, lowered: jax.stages.Lowered) -> tuple[Any, bool]:
+    def compile(self, lowered: jax.stages.Lowered, options: Any) -> tuple[Any, bool]:
         """The executable, and whether it may be written: not if JAX read it from its cache."""
         self._local.hit = False
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
         return compiled, not self._local.hit
 
     def _heard(self, event: str, **_: Any) -> None:

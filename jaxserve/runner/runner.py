@@ -24,7 +24,7 @@ from jaxserve.runner.compiler import ADMISSION_ROWS, Compiler
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executable_cache import ExecutableCache
-from jaxserve.runner.executables import Executables
+from jaxserve.runner.executables import BurstKey, Executables
 from jaxserve.runner.packet import admission_fields, pack_admissions, pack_plan, packet_len
 from jaxserve.runner.state import init_scratch, init_slots
 from jaxserve.sampling.host import host_row, row_spec
@@ -129,7 +129,8 @@ class Runner:
 
     def takes_another(self, plans: Sequence[StepPlan]) -> bool:
         """Whether one more plan, if it is of their kind, can go to the device in the same call as these."""
-        return len(plans) < self.config.burst_len and self._burst_bucket(plans[-1:]) is not None
+        key = self._burst_key(plans)
+        return key is not None and len(plans) < key.num_steps
 
     def dispatch(self, plans: Sequence[StepPlan]) -> list[Dispatched]:
         """Sends consecutive steps to the device, as one burst if there is one for them; doesn't wait.
@@ -140,36 +141,38 @@ class Runner:
         for plan in plans:
             if plan.token_mask is not None:
                 raise ValueError("the plan has a token_mask; the runner uploads none")
-        if len(plans) == self.config.burst_len > 1 and (bucket := self._burst_bucket(plans)) is not None:
-            return self._dispatch_burst(plans, bucket)
+        if len(plans) > 1 and (key := self._burst_key(plans)) is not None and len(plans) == key.num_steps:
+            return self._dispatch_burst(plans, key)
         return [self._dispatch_one(plan) for plan in plans]
 
-    def _burst_bucket(self, plans: Sequence[StepPlan]) -> tuple[int, int] | None:
-        """The bucket for a burst of these; None where one of them isn't a step that a burst can make.
+    def _burst_key(self, plans: Sequence[StepPlan]) -> BurstKey | None:
+        """The executable for a burst of these; None where one of them isn't a step that a burst can make.
 
-        A burst's steps sample at every row, by tier PLAIN at most, admit nobody and score no prompts. Where a model
-        drafts, it drafts in all of them.
+        A burst's steps sample at every row, by tier TRUNCATED at most, admit nobody and score no prompts. Where a
+        model drafts, it drafts in all of them.
         """
+        burst = self._started().burst
+        if not burst:
+            return None
         num_tokens = num_rows = 0
+        tier = Tier.GREEDY
         for plan in plans:
-            if plan.admissions or not plan.samples.all() or not Tier.PLAIN.covers(self._tier(plan.slots)):
+            if plan.admissions or not plan.samples.all():
                 return None
+            tier = Tier(tier | self._tier(plan.slots))
             if any(choice.needs_prompt_logprobs for choice in plan.choices):
                 return None
             if self._drafter is not None and not plan.num_drafts.any():
                 return None
             num_tokens, num_rows = max(num_tokens, plan.num_tokens), max(num_rows, len(plan.slots))
-        for tokens, rows in self.config.burst_buckets:
-            if num_tokens <= tokens and num_rows <= rows:
-                return tokens, rows
-        return None
+        return next((key for key in burst if key.serves(tier, num_tokens, num_rows)), None)
 
-    def _dispatch_burst(self, plans: Sequence[StepPlan], bucket: tuple[int, int]) -> list[Dispatched]:
-        words = self._run_burst(bucket, np.stack([pack_plan(plan, self.config) for plan in plans]))
+    def _dispatch_burst(self, plans: Sequence[StepPlan], key: BurstKey) -> list[Dispatched]:
+        words = self._run_burst(key, np.stack([pack_plan(plan, self.config) for plan in plans]))
         return [Dispatched(plan, words, (n,), self.config.max_drafts, False, ()) for n, plan in enumerate(plans)]
 
-    def _run_burst(self, bucket: tuple[int, int], packets: np.ndarray) -> jax.Array:  # int32[N, packet_len]
-        self._kv, self._slots, self._scratch, words = self._started().burst[bucket](
+    def _run_burst(self, key: BurstKey, packets: np.ndarray) -> jax.Array:  # int32[N, packet_len]
+        self._kv, self._slots, self._scratch, words = self._started().burst[key](
             self._trunk, self._heads, self._kv, self._slots, self._scratch, packets
         )
         words.copy_to_host_async()
@@ -281,8 +284,8 @@ class Runner:
             self._slots = executables.stage(self._slots, packet)
             for forward in executables.forward.values():
                 self._kv, self._scratch = forward(self._trunk, self._kv, self._slots, self._scratch)
-            for bucket in executables.burst:
-                self._run_burst(bucket, np.stack([packet] * self.config.burst_len))
+            for key in executables.burst:
+                self._run_burst(key, np.stack([packet] * key.num_steps))
             executables.prompt_scores(self._head, self._slots, self._scratch, np.zeros(3, np.int32))
             if self._drafter is not None:
                 for propose in executables.propose.values():

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.runner.buckets import burst_buckets, pick_forward, pick_rows, row_buckets, token_buckets
+from jaxserve.runner.buckets import burst_buckets, burst_len, pick_forward, pick_rows, row_buckets, token_buckets
 from jaxserve.runner.config import RunnerConfig
-from jaxserve.runner.executables import sample_keys
+from jaxserve.runner.executables import burst_keys, sample_keys
 from jaxserve.sampling.tier import Tier
 
 PLATFORMS = ["cpu", "gpu", "tpu"]
@@ -23,6 +23,8 @@ def config_for(platform, max_num_seqs, max_num_batched_tokens, max_drafts=0):
         num_blocks=8,
         vocab_size=97,
         max_drafts=max_drafts,
+        burst_len=4,
+        burst_buckets=burst_buckets(rows, max_drafts),
         token_buckets=token_buckets(max_num_batched_tokens, rows, platform),
         row_buckets=rows,
     )
@@ -66,17 +68,31 @@ def test_buckets_are_ascending_and_end_at_the_limits(limits, platform):
 def test_at_most_24_executables_by_default(platform, drafts):
     """Forward and sampling, as the design counts them, and bursts, which are both."""
     config = config_for(platform, *DEFAULTS[platform], drafts)
-    bursts = burst_buckets(config.row_buckets, drafts)
+    bursts = burst_keys(config)
     assert len(config.token_buckets) + len(sample_keys(config)) + len(bursts) <= 24
 
 
-def test_bursts_have_few_rows_and_room_for_their_drafts():
-    assert burst_buckets((8, 32, 64, 128), 0) == ((8, 8), (64, 64))
+def test_bursts_with_drafts_have_few_rows_and_room_for_the_drafts():
+    assert burst_buckets((8, 32, 64, 128), 0) == ((8, 8), (32, 32), (64, 64), (128, 128))
     assert burst_buckets((8, 32, 64, 128), 2) == ((8, 8), (32, 8))
     assert burst_buckets((8, 32, 64, 128), 4) == ((8, 8), (64, 8))
-    assert burst_buckets((8, 32, 64, 128), 9) == ((8, 8), (64, 8))
+    assert burst_buckets((8, 32, 64, 128), 19) == ((8, 8), (128, 8))
     assert burst_buckets((8,), 0) == burst_buckets((8,), 4) == ((8, 8),)
-    assert burst_buckets((100,), 0) == ()
+
+
+def test_large_bursts_are_short():
+    """Somebody who arrives waits for them."""
+    assert [burst_len(rows, 4) for rows in (8, 64, 65, 256)] == [4, 4, 2, 2]
+    assert [burst_len(rows, 1) for rows in (8, 256)] == [1, 1]
+
+
+def test_the_cheapest_burst_that_serves_comes_first():
+    keys = burst_keys(config_for("gpu", 256, 8192))
+    found = [(key.tier, key.num_rows) for key in keys if key.serves(Tier.TRUNCATED, 1, 1)]
+    assert found == [(Tier.TRUNCATED, 64)]
+    for rows in (1, 8, 9, 64, 65, 256):
+        first = next(key for key in keys if key.serves(Tier.GREEDY, rows, rows))
+        assert first.tier == Tier.PLAIN and first.num_rows == pick_rows((8, 64, 128, 256), rows)
 
 
 def test_a_step_beyond_the_limits_is_an_error():

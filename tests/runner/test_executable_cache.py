@@ -88,13 +88,13 @@ def test_what_jax_read_from_its_cache_is_not_written(tmp_path, compiler):
     lowered = task.lower()
 
     class Hit:
-        def compile(self):
+        def compile(self, options):
             jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
-            return lowered.compile()
+            return lowered.compile(options)
 
     with ApartFromJaxCache() as apart:
         assert jax.config.jax_persistent_cache_min_compile_time_secs == float("inf")
-        assert not apart.compile(Hit())[1]
+        assert not apart.compile(Hit(), None)[1]
         _compile(task, Hit(), cache, apart)
     assert cache.load(task) is None
     assert jax.config.jax_persistent_cache_min_compile_time_secs == before
