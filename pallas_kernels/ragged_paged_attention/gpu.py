@@ -79,7 +79,7 @@ def attend_tuned(
         T,
         tile_tokens=gpu_decode.tile_tokens(spec),
         num_kv_heads=Hk,
-        num_workers=decode_config.num_ctas * decode_config.streams,
+        num_workers=decode_config.num_ctas,
         window=spec.sliding_window,
         short_only=with_prefill,
     )

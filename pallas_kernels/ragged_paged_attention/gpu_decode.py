@@ -51,10 +51,9 @@ ROWS = 64  # of a tile: M of one wgmma
 class DecodeConfig:
     """Tuning of the decode kernel; part of the compiled kernel's identity."""
 
-    num_ctas: int = 132
-    streams: int = 1  # workers of one CTA
+    num_ctas: int = 132  # a CTA is a worker
     block_kv: int = 64  # keys of a step, a multiple of 64
-    stages: int = 4  # K and V tiles of a step in flight for each worker
+    stages: int = 4  # K and V tiles of a step in flight
     raw_stages: int = 4  # fp8 only: K units (and as many V units) in flight, not yet widened
     # For a thread. A CTA gets 65536 // threads for each at its start: a sum above that never starts.
     compute_registers: int = 208
@@ -122,9 +121,8 @@ def decode(
     N, _, Hk, B, _ = values.shape
     G, PG, TQ = Hq // Hk, group_rows(spec), tile_tokens(spec)
     fp8 = spec.kv_dtype == "float8_e4m3fn"
-    streams, stages, BK = config.streams, config.stages, config.block_kv
+    stages, BK = config.stages, config.block_kv
     units = BK // plan.UNIT
-    num_workers = config.num_ctas * streams
     operands: list[Any] = [
         q.reshape(T * Hq, D),
         values.reshape(N * 2 * Hk, B, D),
@@ -144,10 +142,10 @@ def decode(
         scales_ref = None if scales is None else optional.pop(0)
         sinks_ref = optional.pop(0) if sinks is not None else None
         tile = functools.partial(smem_tile, dtype=mma_dtype(spec))
-        raw = smem_tile((streams, 2, config.raw_stages, plan.UNIT, D), values.dtype)
-        raw_full = plgpu.Barrier(num_barriers=(streams, 2, config.raw_stages))
-        produced = plgpu.Barrier(num_arrivals=1 if fp8 else units, num_barriers=(streams, stages))
-        consumed = plgpu.Barrier(num_barriers=(streams, stages))
+        raw = smem_tile((2, config.raw_stages, plan.UNIT, D), values.dtype)
+        raw_full = plgpu.Barrier(num_barriers=(2, config.raw_stages))
+        produced = plgpu.Barrier(num_arrivals=1 if fp8 else units, num_barriers=stages)
+        consumed = plgpu.Barrier(num_barriers=stages)
         pl.run_scoped(
             functools.partial(
                 body,
@@ -162,17 +160,17 @@ def decode(
                 part_ref,
                 lse_ref,
             ),
-            plgpu.SMEM((streams, ROWS, D), jnp.bfloat16),
-            tile((streams, stages, BK, D)),
-            tile((streams, stages, BK, D)),
+            plgpu.SMEM((ROWS, D), jnp.bfloat16),
+            tile((stages, BK, D)),
+            tile((stages, BK, D)),
             # A segment's queries, then its output or its partial results.
             plgpu.RefUnion(
-                tile((streams, ROWS, D)),
-                plgpu.SMEM((streams, ROWS, D), jnp.bfloat16),
-                plgpu.SMEM((streams, ROWS, D), jnp.float32),
+                tile((ROWS, D)),
+                plgpu.SMEM((ROWS, D), jnp.bfloat16),
+                plgpu.SMEM((ROWS, D), jnp.float32),
             ),
-            plgpu.Barrier(num_arrivals=TQ, num_barriers=(streams,)),
-            plgpu.Barrier(num_barriers=(streams,)),
+            plgpu.Barrier(num_arrivals=TQ),
+            plgpu.Barrier(),
             [produced, produced, consumed, consumed],
             [raw, raw_full] if fp8 else [],
             collective_axes="wg",
@@ -186,22 +184,19 @@ def decode(
         kv_buffers = ((k_smem, k_full, k_free), (v_smem, v_full, v_free))
         q_smem, o_smem, part_smem = q_and_o
         wg = lax.axis_index("wg")
-        stream = lax.rem(wg, jnp.int32(streams))
-        worker = lax.axis_index("cta") * streams + stream
+        worker = lax.axis_index("cta")
 
         place_of = functools.partial(unit_rows, tiles_ref, table_ref, values.shape)
 
         def fetch_q(segment, tile, head):
             @pl.when(segment > 0)
             def _():
-                plgpu.barrier_wait(q_free.at[stream])
+                plgpu.barrier_wait(q_free)
 
             first_row = tiles_ref[tile, plan.FIRST_TOKEN] * Hq + head * G
             for i in range(TQ):
                 # Past the tile's tokens come those of the next request, or zeros: nobody reads their results.
-                plgpu.copy_gmem_to_smem(
-                    q_ref.at[pl.ds(first_row + i * Hq, G)], q_raw.at[stream, pl.ds(i * PG, G)], q_full.at[stream]
-                )
+                plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first_row + i * Hq, G)], q_raw.at[pl.ds(i * PG, G)], q_full)
 
         def fetch(segment, tile, head, unit, num, step):
             fetch_q(segment, tile, head)
@@ -211,7 +206,7 @@ def decode(
                 slot = lax.rem(step + j, jnp.int32(stages))
                 # The last step's units past the segment's last one repeat it: masked, but finite.
                 places = [place_of(tile, head, unit + jnp.minimum(j * units + u, num - 1)) for u in range(units)]
-                buffers = [[ref.at[stream, slot] for ref in refs] for refs in kv_buffers]
+                buffers = [[ref.at[slot] for ref in refs] for refs in kv_buffers]
                 fetch_step(kv_ref, places, Hk, step + j >= stages, buffers)
 
         def fetch_fp8(part, segment, tile, head, unit, num, step):
@@ -222,7 +217,7 @@ def decode(
 
             def raw_of(n):
                 slot = lax.rem(step * units + n, jnp.int32(config.raw_stages))
-                return [ref.at[stream, part, slot] for ref in raw]
+                return [ref.at[part, slot] for ref in raw]
 
             def load(n):
                 slot = raw_of(n)
@@ -239,11 +234,9 @@ def decode(
 
                 @pl.when(step + j >= stages)
                 def _():
-                    plgpu.barrier_wait(free.at[stream, slot])
+                    plgpu.barrier_wait(free.at[slot])
 
-                widen_step(
-                    j * units, num_steps * units, ahead, load, raw_of, smem.at[stream, slot], full.at[stream, slot]
-                )
+                widen_step(j * units, num_steps * units, ahead, load, raw_of, smem.at[slot], full.at[slot])
 
         fetchers = [functools.partial(fetch_fp8, part) for part in (0, 1)] if fp8 else [fetch]
 
@@ -255,10 +248,10 @@ def decode(
             iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, BK), layout=plgpu.Layout.WGMMA)
             # The copies out of the union of the segment before.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_wait(q_full.at[stream])
-            q_smem.at[stream][...] = queries(q_raw.at[stream], spec)
+            plgpu.barrier_wait(q_full)
+            q_smem[...] = queries(q_raw, spec)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(q_free.at[stream])
+            plgpu.barrier_arrive(q_free)
 
             num_steps, end_key = pl.cdiv(num, units), first_key + num * plan.UNIT
 
@@ -266,14 +259,14 @@ def decode(
                 acc, m, l = carry
                 slot = lax.rem(step + j, jnp.int32(stages))
                 key = first_key + j * BK
-                plgpu.barrier_wait(k_full.at[stream, slot])
+                plgpu.barrier_wait(k_full.at[slot])
 
                 def scores(ref):
-                    plgpu.wgmma(ref, q_smem.at[stream], k_smem.at[stream, slot].transpose((1, 0)))
+                    plgpu.wgmma(ref, q_smem, k_smem.at[slot].transpose((1, 0)))
                     return ref[...]
 
                 s = pl.run_scoped(scores, plgpu.ACC((ROWS, BK), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[stream, slot])
+                plgpu.barrier_arrive(k_free.at[slot])
                 x, c = logits(s, spec, spec.scale * k_scale)
                 if masked:
                     q_pos, kv_pos = first_pos + iota(dimension=0) // PG, key + iota(dimension=1)
@@ -281,15 +274,15 @@ def decode(
                 p, alpha, m, l = online_softmax(x, c, m, l)
                 acc = acc * rows_of(alpha, acc)
                 p16 = p.astype(mma_dtype(spec))
-                plgpu.barrier_wait(v_full.at[stream, slot])
+                plgpu.barrier_wait(v_full.at[slot])
                 if masked:
 
                     @pl.when(key + BK > kv_len)
                     def _():
-                        zero_rows_past(v_smem.at[stream, slot], key, kv_len)
+                        zero_rows_past(v_smem.at[slot], key, kv_len)
 
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p16, v_smem.at[stream, slot]))(plgpu.ACC.init(acc))
-                plgpu.barrier_arrive(v_free.at[stream, slot])
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p16, v_smem.at[slot]))(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(v_free.at[slot])
                 return acc, m, l
 
             carry, whole_end = new_accumulator(ROWS, D), jnp.int32(0)
@@ -308,14 +301,14 @@ def decode(
 
             @pl.when(num == tile_units)
             def _whole():
-                o_smem.at[stream][...] = out.astype(jnp.bfloat16)
+                o_smem[...] = out.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 first_token = tiles_ref[tile, plan.FIRST_TOKEN]
 
                 @pl.loop(0, num_tokens)
                 def _(i):
                     plgpu.copy_smem_to_gmem(
-                        o_smem.at[stream, pl.ds(i * PG, G)],
+                        o_smem.at[pl.ds(i * PG, G)],
                         out_ref.at[pl.ds((first_token + i) * Hq + head * G, G)],
                     )
 
@@ -326,13 +319,13 @@ def decode(
                 # Spread over the columns, so that the combination is elementwise.
                 lse = m + jnp.log(l_safe) * LOG2E
                 for value, ref in ((out, part_ref), (rows_of(lse, out), lse_ref)):
-                    part_smem.at[stream][...] = value
+                    part_smem[...] = value
                     plgpu.commit_smem()
 
                     @pl.loop(0, num_tokens)
                     def _(i, ref=ref):
                         plgpu.copy_smem_to_gmem(
-                            part_smem.at[stream, pl.ds(i * PG, PG)],
+                            part_smem.at[pl.ds(i * PG, PG)],
                             ref.at[index, pl.ds(i * PG, PG)],
                         )
 
@@ -340,7 +333,7 @@ def decode(
 
         walk = functools.partial(_segments, tiles_ref, workers_ref, worker, Hk, units)
 
-        @pl.when(wg < streams)
+        @pl.when(wg == 0)
         def _compute():
             plgpu.set_max_registers(config.compute_registers, action="increase")
             walk(compute)
@@ -348,7 +341,7 @@ def decode(
 
         for i, fetcher in enumerate(fetchers):
 
-            @pl.when((wg >= (i + 1) * streams) & (wg < (i + 2) * streams))
+            @pl.when(wg == i + 1)
             def _memory(fetcher=fetcher):
                 plgpu.set_max_registers(config.memory_registers, action="decrease")
                 walk(fetcher)
@@ -357,12 +350,12 @@ def decode(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((T * Hq, D), q.dtype),
-            jax.ShapeDtypeStruct((2 * num_workers, ROWS, D), jnp.float32),
-            jax.ShapeDtypeStruct((2 * num_workers, ROWS, D), jnp.float32),
+            jax.ShapeDtypeStruct((2 * config.num_ctas, ROWS, D), jnp.float32),
+            jax.ShapeDtypeStruct((2 * config.num_ctas, ROWS, D), jnp.float32),
         ],
         grid=(config.num_ctas,),
         grid_names=("cta",),
-        num_threads=(3 if fp8 else 2) * streams,
+        num_threads=3 if fp8 else 2,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="ragged_paged_attention_decode",

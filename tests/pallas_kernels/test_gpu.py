@@ -49,7 +49,7 @@ def test_required_shapes_are_supported_and_fit_into_shared_memory(head_dim: int,
     decode_bytes += fp8 * 2 * decode.raw_stages * 64 * head_dim
     prefill_bytes = 128 * head_dim * (2 + 2) + prefill.stages * prefill.block_kv * head_dim * 2 * 2
     prefill_bytes += fp8 * prefill.raw_stages * 64 * head_dim
-    assert decode.streams * decode_bytes < SHARED_MEMORY - 2048
+    assert decode_bytes < SHARED_MEMORY - 2048
     assert prefill_bytes < SHARED_MEMORY - 2048
 
 
@@ -66,8 +66,8 @@ def test_registers_of_a_block_suffice() -> None:
         for head_dim in gpu.HEAD_DIMS:
             decode, _ = gpu.configs(make_spec(**{**BASE, "kv_dtype": kv_dtype, "head_dim": head_dim}))
             fetchers = 1 if kv_dtype == "bfloat16" else 2
-            asked = decode.streams * (decode.compute_registers + fetchers * decode.memory_registers)
-            warpgroups = decode.streams * (1 + fetchers)
+            asked = decode.compute_registers + fetchers * decode.memory_registers
+            warpgroups = 1 + fetchers
             # A thread starts with a multiple of 8 registers.
             assert asked <= warpgroups * (65536 // (warpgroups * 128) // 8 * 8)
 
@@ -121,7 +121,7 @@ class TestPallasGpu(AttentionContract):
         np.testing.assert_array_equal(*runs)
 
     def test_tuning_changes_speed_only(self) -> None:
-        """Also with several workers on a multiprocessor and with more workers than multiprocessors."""
+        """Also with more workers than multiprocessors."""
         spec = self.spec()
         case = make_case(spec, [(3001, 1), (40, 4), (900, 1)], layout=self.kv_layout(spec))
         decode, prefill = gpu.configs(spec)
@@ -137,7 +137,7 @@ class TestPallasGpu(AttentionContract):
             ).astype(jnp.float32)
             for changes in (
                 {},
-                {"streams": 2, "stages": 2},
+                {"stages": 2},
                 {"num_ctas": 264, "stages": 2},
                 {"block_kv": 128, "stages": 4},
             )
