@@ -31,7 +31,7 @@ from jaxserve.runner.compiler import Compiler
 from jaxserve.runner.config import NgramConfig, RunnerConfig
 from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executable_cache import ExecutableCache, make_directory
-from jaxserve.runner.executables import propose_keys, sample_keys
+from jaxserve.runner.executables import burst_keys, propose_keys, sample_keys
 from jaxserve.runner.memory import EXPLICIT, MemoryPlan, check_fits, plan_blocks
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduler.adaptive import AdaptiveDrafts
@@ -115,7 +115,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     planned = time.perf_counter()
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
-    executables = runner.start(cache_dir=config.compilation_cache_dir, progress=progress)
+    executables = runner.start(cache_dir=config.compilation_cache_dir, progress=progress, temp_limit=memory.most_temp)
     scheduler = Scheduler(_scheduler_config(config, runner_config, _adaptive(config, platform, drafter)))
     core = EngineCore(
         scheduler,
@@ -139,7 +139,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         sampling_defaults=checkpoint.sampling_defaults,
         max_model_len=_known(config.max_model_len),
         limits=config.limits,
-        info=describe(config, checkpoint, eos, mesh, selection, memory, runner.config, executables, seconds),
+        info=describe(config, checkpoint, eos, mesh, selection, memory, executables, seconds),
     )
     logger.info("%s; %s", selection.explanation, memory.describe()["kv cache"])
     return engine
@@ -240,8 +240,8 @@ def _check_room(config: EngineConfig, attention: PagedAttention, params: int) ->
 
 
 def _start_trial(config: EngineConfig, compiler: Compiler) -> Future[int]:
-    """Compiles the largest forward, sampler and proposer with a small pool, while weights are loaded: bytes of their
-    temporaries; 0 where it doesn't matter."""
+    """Compiles the largest executable of each kind with a small pool, while weights are loaded: bytes of temporaries;
+    0 where it doesn't matter."""
     stats = _memory_stats(compiler.attention.mesh)
     thread = ThreadPoolExecutor(1, "trial")
     if stats.get("bytes_limit") is None or any(getattr(config, name) is not None for name in EXPLICIT):
@@ -278,6 +278,7 @@ def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
     largest = [
         compiler.forward(*compiler.config.token_buckets[-1]),
         compiler.sample(sample_keys(compiler.config)[-1]),
+        *(compiler.burst(key) for key in burst_keys(compiler.config)[-1:]),
     ]
     if compiler.drafter is not None:
         largest.append(compiler.propose(compiler.drafter, propose_keys(compiler.config)[-1]))

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
-from jaxserve.runner.buckets import burst_len
-from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.executables import Executables
 from jaxserve.runner.memory import MemoryPlan
 from jaxserve.weights.checkpoint import Checkpoint
@@ -23,7 +21,6 @@ def describe(
     mesh: Mesh,
     selection: Selection,
     memory: MemoryPlan,
-    runner: RunnerConfig,
     executables: Executables,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
@@ -41,7 +38,7 @@ def describe(
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "block_size": config.block_size,
-        "steps per dispatch": _bursts(runner),
+        "steps per dispatch": _bursts(executables),
         "drafts": _drafts(config),
         "executables": executables.num_executables,
         "executables from the cache": executables.num_from_cache,
@@ -52,12 +49,11 @@ def describe(
     }
 
 
-def _bursts(config: RunnerConfig) -> str:
-    if not config.burst_buckets:
+def _bursts(executables: Executables) -> str:
+    if not executables.burst:
         return "1"
-    lengths = {burst_len(rows, config.burst_len): rows for _, rows in config.burst_buckets}
-    most = ", ".join(f"{length} where at most {rows} requests run" for length, rows in lengths.items())
-    return f"{most}, else 1"
+    most = {key.num_steps: key.num_rows for key in executables.burst}  # ascending
+    return ", ".join(f"{length} where at most {rows} requests run" for length, rows in most.items()) + ", else 1"
 
 
 def _drafts(config: EngineConfig) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxserve.runner.buckets import burst_len
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.sampling.tier import Tier
+
+logger = logging.getLogger("jaxserve")
 
 
 @dataclass(frozen=True)
@@ -110,3 +113,19 @@ def temp_bytes(compiled: Any) -> int:
     """Temporary memory of one executable on one device, in bytes; 0 where the backend doesn't say."""
     analysis = compiled.memory_analysis()
     return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def without_large_bursts(executables: Executables, limit: int | None) -> Executables:
+    """Without the bursts whose temporaries exceed ``limit`` bytes, with a warning: single steps do the same."""
+    if limit is None:
+        return executables
+    kept = {}
+    for key, compiled in executables.burst.items():
+        if (size := temp_bytes(compiled)) <= limit:
+            kept[key] = compiled
+        else:
+            what = (
+                "%d steps of %d requests in one call aren't used: their temporaries take %d bytes, there is room for %d"
+            )
+            logger.warning(what, key.num_steps, key.num_rows, size, limit)
+    return replace(executables, burst=kept)

@@ -36,6 +36,12 @@ class MemoryPlan:
     num_blocks: int
     source: str
 
+    @property
+    def most_temp(self) -> int | None:
+        """Temporaries of one executable that there is room for. A library's choice, measured anew in each compilation,
+        may take some more than in the trial: a part of the reserve is for that. None: nobody measured."""
+        return self.temp + self.reserve // 4 if self.temp else None
+
     def describe(self) -> dict[str, str]:
         """Readable sizes, for ``info``."""
         sizes = {"weights": self.params, "state": self.state, "temporaries": self.temp, "reserve": self.reserve}

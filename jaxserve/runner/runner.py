@@ -24,7 +24,7 @@ from jaxserve.runner.compiler import ADMISSION_ROWS, Compiler
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executable_cache import ExecutableCache
-from jaxserve.runner.executables import BurstKey, Executables
+from jaxserve.runner.executables import BurstKey, Executables, without_large_bursts
 from jaxserve.runner.packet import admission_fields, pack_admissions, pack_plan, packet_len
 from jaxserve.runner.state import init_scratch, init_slots
 from jaxserve.sampling.host import host_row, row_spec
@@ -90,14 +90,17 @@ class Runner:
         self._params = params
         self.executables: Executables | None = None
 
-    def start(self, *, cache_dir: str | None = None, progress: bool | None = False) -> Executables:
+    def start(
+        self, *, cache_dir: str | None = None, progress: bool | None = False, temp_limit: int | None = None
+    ) -> Executables:
         """Allocates the state, compiles the closed set or reads it from ``cache_dir``, and runs all of it.
 
-        ``progress`` shows a bar; None: on a terminal.
+        ``progress`` shows a bar; None: on a terminal. Bursts that need more than ``temp_limit`` bytes of temporaries
+        are left out.
         """
         compiler = self.compiler()
         cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
-        executables = compile_all(compiler, cache, progress=progress)
+        executables = without_large_bursts(compile_all(compiler, cache, progress=progress), temp_limit)
         before = time.perf_counter()
         kv, self._slots, self._scratch, draft_kv = (
             jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()

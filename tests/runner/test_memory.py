@@ -1,9 +1,14 @@
-"""What a KV pool that is too small says."""
+"""What a KV pool that is too small says, and what there is no room for."""
+
+import logging
+from types import SimpleNamespace
 
 import pytest
 
 from jaxserve.errors import KVCacheTooSmallError
-from jaxserve.runner.memory import check_fits, plan_blocks
+from jaxserve.runner.executables import BurstKey, Executables, without_large_bursts
+from jaxserve.runner.memory import GRAPH_RESERVE_BYTES, check_fits, plan_blocks
+from jaxserve.sampling.tier import Tier
 
 GIB = 1 << 30
 
@@ -27,3 +32,23 @@ def test_advice_names_the_setting_that_decided(settings, advice):
     )
     with pytest.raises(KVCacheTooSmallError, match=advice):
         check_fits(plan, max_model_len=100_000, block_size=16)
+
+
+def test_room_for_temporaries_is_what_was_measured_and_a_part_of_the_reserve():
+    settings = {"params": 0, "state": 0, "block": 1 << 20, "override": None, "kv_bytes": None}
+    assert plan_blocks(limit=2 * GIB, temp=100, **settings).most_temp == 100 + GRAPH_RESERVE_BYTES // 4
+    assert plan_blocks(limit=None, temp=0, **settings).most_temp is None
+
+
+def test_bursts_without_room_are_left_out_and_said(caplog):
+    def compiled(size):
+        return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(temp_size_in_bytes=size))
+
+    burst = {BurstKey(Tier.PLAIN, 8, 8, 4): compiled(10), BurstKey(Tier.PLAIN, 256, 256, 2): compiled(11)}
+    rest = dict.fromkeys(("stage", "admit", "prompt_scores", "forward", "sample", "propose"))
+    executables = Executables(**rest, burst=burst, prompt_score_tokens=1, num_from_cache=0, seconds={})
+    with caplog.at_level(logging.WARNING, "jaxserve"):
+        assert without_large_bursts(executables, None).burst == without_large_bursts(executables, 11).burst == burst
+        assert not caplog.records
+        assert [key.num_rows for key in without_large_bursts(executables, 10).burst] == [8]
+    assert "2 steps of 256 requests in one call aren't used: their temporaries take 11 bytes" in caplog.text
