@@ -56,7 +56,7 @@ def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
         sizes = {Tier.GREEDY: rows, Tier.PLAIN: rows, Tier.TRUNCATED: rare, Tier.SCORED: rare, Tier.FULL: rare}
     else:
         rare = rows[::-2][::-1]  # every other size, the last among them
-        sizes = {Tier.GREEDY: last, Tier.PLAIN: tuple(dict.fromkeys((rows[0], *rare)))}
+        sizes = {Tier.GREEDY: last, Tier.PLAIN: (rows[0], *rare) if K and rows[0] not in rare else rare}
         sizes |= {Tier.TRUNCATED: rare, Tier.SCORED: last if K else rare, Tier.FULL: rare}
     keys = [SampleKey(tier, K, size) for tier, some in sizes.items() for size in some]
     if K:  # a step without drafts takes the verifier where rows are few: the LM head costs the same there
@@ -65,11 +65,12 @@ def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
 
 
 def burst_keys(config: RunnerConfig) -> tuple[BurstKey, ...]:
-    """The bursts' executables, cheapest first. Tier PLAIN serves greedy rows too; TRUNCATED comes in one size."""
+    """The bursts' executables, cheapest first. PLAIN serves greedy rows too; TRUNCATED and SCORED come in one size."""
     buckets = config.burst_buckets if config.burst_len > 1 else ()
     found = []
     for number, (tokens, rows) in enumerate(buckets):
-        tiers = (Tier.PLAIN, Tier.TRUNCATED) if number == min(1, len(buckets) - 1) else (Tier.PLAIN,)
+        rare = (Tier.TRUNCATED, Tier.SCORED) if number == min(1, len(buckets) - 1) else ()
+        tiers = (Tier.PLAIN, *rare)
         found += [BurstKey(tier, tokens, rows, burst_len(rows, config.burst_len)) for tier in tiers]
     return tuple(found)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,8 +151,8 @@ class Runner:
     def _burst_key(self, plans: Sequence[StepPlan]) -> BurstKey | None:
         """The executable for a burst of these; None where one of them isn't a step that a burst can make.
 
-        A burst's steps sample at every row, by tier TRUNCATED at most, admit nobody and score no prompts. Where a
-        model drafts, it drafts in all of them.
+        A burst's steps sample at every row, admit nobody and score no prompts. Where a model drafts, it drafts in all
+        of them.
         """
         burst = self._started().burst
         if not burst:
@@ -163,7 +163,7 @@ class Runner:
             if plan.admissions or not plan.samples.all():
                 return None
             tier = Tier(tier | self._tier(plan.slots))
-            if any(choice.needs_prompt_logprobs for choice in plan.choices):
+            if next(_prompt_scores(plan), None) is not None:
                 return None
             if self._drafter is not None and not plan.num_drafts.any():
                 return None
@@ -172,7 +172,8 @@ class Runner:
 
     def _dispatch_burst(self, plans: Sequence[StepPlan], key: BurstKey) -> list[Dispatched]:
         words = self._run_burst(key, np.stack([pack_plan(plan, self.config) for plan in plans]))
-        return [Dispatched(plan, words, (n,), self.config.max_drafts, False, ()) for n, plan in enumerate(plans)]
+        scored = key.tier.covers(Tier.SCORED)
+        return [Dispatched(plan, words, (n,), self.config.max_drafts, scored, ()) for n, plan in enumerate(plans)]
 
     def _run_burst(self, key: BurstKey, packets: np.ndarray) -> jax.Array:  # int32[N, packet_len]
         self._kv, self._slots, self._scratch, words = self._started().burst[key](
@@ -262,13 +263,8 @@ class Runner:
 
     def _prompt_windows(self, plan: StepPlan) -> Iterable[PromptWindow]:
         executables = self._started()
-        for row, choice in enumerate(plan.choices):
-            if not choice.needs_prompt_logprobs:
-                continue
-            width = int(plan.widths[row])
-            start = choice.computed_len + choice.in_flight_len - width  # exact in prefill: nothing is drafted there
-            num_scores = min(start + width, choice.prompt_len - 1) - start
-            size = executables.prompt_score_tokens
+        size = executables.prompt_score_tokens
+        for row, start, num_scores in _prompt_scores(plan):
             for offset in range(0, num_scores, size):
                 window = np.array([row, offset, start + offset], np.int32)
                 words = executables.prompt_scores(self._head, self._slots, self._scratch, window)
@@ -310,6 +306,17 @@ class Runner:
     def _place(self, tree: Any, spec: Any) -> Any:
         sharding = NamedSharding(self._attention.mesh, spec)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _prompt_scores(plan: StepPlan) -> Iterator[tuple[int, int, int]]:
+    """(row, first position, number) of prompt tokens whose followers the newest plan scores."""
+    for row, choice in enumerate(plan.choices):
+        if choice.needs_prompt_logprobs:
+            width = int(plan.widths[row])
+            start = choice.computed_len + choice.in_flight_len - width  # exact in prefill: nothing is drafted there
+            num_scores = min(start + width, choice.prompt_len - 1) - start
+            if num_scores > 0:
+                yield row, start, num_scores
 
 
 def _logprobs(words: np.ndarray) -> Logprobs:  # int32[..., 2 + 2C]

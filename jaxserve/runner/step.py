@@ -16,6 +16,7 @@ P block-table columns, A admissions, C logprob candidates.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -196,13 +197,20 @@ def burst(
 ) -> tuple[tuple[tuple[KVPool, ...], ...], SlotState, Scratch, jax.Array]:
     """N steps, one after the other, each as ``stage``, ``forward`` and ``sample`` make it.
 
-    ``tier`` doesn't cover SCORED: nobody wants logprobs.
-
     Returns:
-        KV pools, slots, scratch, and the steps' results int32[N, R, 3 + K].
+        KV pools, slots, scratch, and the steps' results int32[N, R, ...], see ``sample``.
     """
     num_steps = packets.shape[0]  # static: XLA runs such a loop without asking the device after each turn
-    words = jnp.zeros((num_steps, num_rows, 3 + config.max_drafts), jnp.int32)
+    run_sampler = functools.partial(
+        sample,
+        model=models[0][0],
+        config=config,
+        tier=tier,
+        num_rows=num_rows,
+        num_drafts=config.max_drafts,
+    )
+    _, result = jax.eval_shape(run_sampler, heads[0], slots, scratch)
+    words = jnp.zeros((num_steps, *result.shape), result.dtype)
 
     def one(index: jax.Array, carry: tuple[Any, SlotState, Scratch, jax.Array]) -> Any:
         kv, slots, scratch, words = carry
@@ -223,16 +231,7 @@ def burst(
         kv, scratch = forward(
             params, kv, slots, scratch, models=models, config=config, num_tokens=num_tokens, num_rows=num_rows
         )
-        slots, result = sample(
-            heads[0],
-            slots,
-            scratch,
-            model=models[0][0],
-            config=config,
-            tier=tier,
-            num_rows=num_rows,
-            num_drafts=config.max_drafts,
-        )
+        slots, result = run_sampler(heads[0], slots, scratch)
         return kv, slots, scratch, words.at[index].set(result)
 
     return jax.lax.fori_loop(0, num_steps, one, (kv, slots, scratch, words))

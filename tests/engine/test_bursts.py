@@ -10,10 +10,11 @@ from jaxserve.config import EngineConfig, SpeculativeConfig
 from jaxserve.engine.core import EngineCore
 
 BURST = 3
-DRAFTS = {
+SHORT = {"adaptive_drafts": None, "max_drafts": 2}  # as many tokens as a burst has room for
+DRAFTS = {  # those of test_speculation.py and test_speculation_model.py: only the bursts are compiled here
     "no drafts": None,
-    "ngram": speculative(2),
-    "twin": SpeculativeConfig(method="draft_model", quantization="int8", num_speculative_tokens=2),
+    "ngram": speculative(8),
+    "twin": SpeculativeConfig(method="draft_model", quantization="int4", num_speculative_tokens=3),
 }
 # Nothing that a burst doesn't do, and lengths that end in the middle of one.
 PLAIN = [
@@ -50,10 +51,18 @@ def want(tiny):
 def test_each_setting_alone(bursting, calls, want, reference, name):
     at = list(CASES).index(name)
     params = [CASES[name]]
-    with bursting.llm(adaptive_drafts=None) as llm:
+    with bursting.llm(**SHORT) as llm:
         assert_same(answers(llm, [prompts()[at]], params), [want[0][at]], params, reference("llama"))
     assert set(calls) <= {1, BURST}
-    assert (BURST in calls) == (name in ("greedy", "n", "plain", "truncated")), "the others need more than a burst does"
+    assert BURST in calls
+
+
+def test_what_no_burst_samples_goes_step_by_step(bursting, calls):
+    """Truncation and penalties together."""
+    both = CASES["truncated"].with_changes(frequency_penalty=0.1)
+    with bursting.llm(**SHORT) as llm:
+        answers(llm, prompts()[-1:], [both])
+    assert set(calls) == {1}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +72,7 @@ def test_each_setting_alone(bursting, calls, want, reference, name):
 )
 def test_many_that_come_and_go(bursting, calls, want, reference, way):
     """Twice: the second time the prefixes are cached."""
-    with bursting.llm(adaptive_drafts=None, **way) as llm:
+    with bursting.llm(**SHORT, **way) as llm:
         for _ in range(2):
             got = answers(llm, prompts(1, len(PLAIN)), PLAIN)
             assert_same(got, want[1], PLAIN, reference("llama"))
@@ -76,7 +85,7 @@ def test_many_that_come_and_go(bursting, calls, want, reference, way):
 def test_drafts_are_accepted_in_bursts(bursting, calls):
     if not bursting.config.speculative_config:
         pytest.skip("an engine without drafts")
-    with bursting.llm(adaptive_drafts=None) as llm:
+    with bursting.llm(**SHORT) as llm:
         (output,) = answers(llm, [prompts()[-1]], [SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)])
     assert output.metrics.num_accepted_tokens > 10
     assert BURST in calls
