@@ -2,8 +2,9 @@
 
 A case is a compiled chain of 32 calls, like the layers of a step, each with a projection of its own; one pool goes
 through all of them, donated, and so do the arrays of their queries: with results at new addresses XLA would record its
-graph again in each run, and small cases would measure the host. Times are per call, of chains dispatched back to back;
-the ceiling is a device-to-device copy of as many bytes, measured in the same run.
+graph again in each run. Times are per call, of chains dispatched back to back; the ceiling is a device-to-device copy
+of as many bytes, measured in the same run. Below some thousand tokens the device is done before the host has dispatched
+the next chain: such times are the host's, and ``profile_step.py`` has the kernel's.
 
     python scripts/bench_qkv_prologue.py [--tokens 8 64 256 2048 8192] [--repeats 5]
 
