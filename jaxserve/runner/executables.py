@@ -102,13 +102,6 @@ class Executables:
         """Without the draft model's."""
         return 3 + len(self.forward) + len(self.sample) + len(self.burst)
 
-    def temp_bytes(self) -> int:
-        """Largest temporary allocation of any executable on one device, in bytes."""
-        everything = [self.stage, self.admit, self.prompt_scores]
-        for group in (self.forward, self.sample, self.burst, self.propose):
-            everything += group.values()
-        return max(temp_bytes(compiled) for compiled in everything)
-
 
 def temp_bytes(compiled: Any) -> int:
     """Temporary memory of one executable on one device, in bytes; 0 where the backend doesn't say."""
