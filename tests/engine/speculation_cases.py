@@ -16,6 +16,7 @@ from jaxserve.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 GAP = 1e-3  # promise 2: where the best two are nearer than this, rounding may decide
 BAD_WORDS = [[98], [32, 98], [99, 100], [32, 99, 100]]  # "b" and "cd", with and without a space before
 SMALL = {  # few executables, so that several engines fit into the time of a test run
+    "max_model_len": 94,  # no multiple of the block size
     "max_num_seqs": 3,
     "max_num_batched_tokens": 28,
     "limits": Limits(max_stop_token_ids=6, max_logit_bias=4, max_bad_words=4, max_bad_word_len=3, max_logprobs=3),

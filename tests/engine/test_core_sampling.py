@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from speculation_cases import SMALL as FEW_EXECUTABLES
 from tiny_engines import GREEDY, Tiny, generate, ids
 
 from jaxserve import LLM, SamplingParams
@@ -105,7 +106,7 @@ def test_prompt_logprobs_are_those_of_transformers(tiny, oracle, scheduler):
 def test_prompt_logprobs_of_chunks_longer_than_one_call_scores(monkeypatch, byte_tokenizer_path, oracle):
     """The LM head runs over seven tokens at a time; a step brings up to 80."""
     monkeypatch.setattr(compiler, "PROMPT_SCORE_TOKENS", 7)
-    engine = Tiny("llama", byte_tokenizer_path, max_num_seqs=2)
+    engine = Tiny("llama", byte_tokenizer_path)  # all its other executables are those of the shared engine
     prompts = [np.random.default_rng(n).integers(3, 131, n).tolist() for n in (60, 36, 8)]
     with engine.llm() as llm:
         outputs = generate(llm, prompts, GREEDY.with_changes(prompt_logprobs=2, max_tokens=1))
@@ -277,7 +278,7 @@ def test_detokenize_false_gives_ids_and_no_text(llm):
 
 def test_special_tokens_are_shown_where_asked(tiny):
     """The model's vocabulary ends before the byte tokenizer's special tokens: a wider dummy model has them."""
-    with tiny("dummy").llm() as llm:
+    with tiny("dummy", **FEW_EXECUTABLES).llm() as llm:
         params = GREEDY.with_changes(max_tokens=2, logit_bias={258: 100})
         assert one(llm, params).text == ""
         assert one(llm, params.with_changes(skip_special_tokens=False)).text == "<start><start>"

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from speculation_cases import SMALL as FEW_EXECUTABLES
 from tiny_engines import GREEDY, Tiny, generate, ids, preemptions
 
 from jaxserve import SamplingParams
@@ -37,17 +38,20 @@ def alone(tiny):
     """What one device says, by model."""
 
     def run(name):
-        with tiny(name).llm() as llm:
+        with tiny(name, **FEW_EXECUTABLES).llm() as llm:
             return generate(llm, prompts(), CASES)
 
     return run
 
 
 # llama: untied, two KV heads for two devices. dummy: tied tables, 261 ids, and two KV heads for four devices.
-@pytest.mark.parametrize("name, size", [("llama", 2), pytest.param("dummy", 2, marks=pytest.mark.slow), ("dummy", 4)])
+# Two devices are also those of test_kv_dtype.py and test_quantization.py (llama) and of test_speculation.py (dummy).
+@pytest.mark.parametrize(
+    "name, size", [*(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("llama", "dummy")), ("dummy", 4)]
+)
 def test_the_same_tokens_on_any_number_of_devices(alone, byte_tokenizer_path, name, size):
     want = alone(name)
-    engine = Tiny(name, byte_tokenizer_path, tensor_parallel_size=size)
+    engine = Tiny(name, byte_tokenizer_path, **FEW_EXECUTABLES, tensor_parallel_size=size)
     pool = jax.tree.leaves(engine.engine.core.runner._kv)[0]  # [N, 2, Hk, B, D]
     assert [shard.data.shape[2] for shard in pool.addressable_shards] == [1] * size
     with engine.llm() as llm:

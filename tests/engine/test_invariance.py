@@ -3,6 +3,8 @@ the prompt, the settings and the seed."""
 
 import numpy as np
 import pytest
+from speculation_cases import SMALL
+from speculation_cases import speculative as speculation
 from tiny_engines import GREEDY, generate, ids, preemptions
 
 from jaxserve import SamplingParams
@@ -222,16 +224,13 @@ def test_unseeded_requests_differ(tiny):
     assert len({tuple(tokens) for tokens in outputs + again}) == 12
 
 
-K3 = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
-
-
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("way", ["at once", "chunks of 7", "run_ahead 0", "run_ahead 3", "preempted"])
 def test_speculation_is_invisible(tiny, speculative, work, way, adaptive):
     """Also through the settings that are hard on drafts; some drafts must be accepted, and some rejected."""
     prompts, params, wanted = work
     rule = {} if adaptive else {"adaptive_drafts": None}
-    with speculative.llm(**WAYS[way], **rule) as llm:
+    with speculative.llm(**WAYS[way], max_drafts=3, **rule) as llm:
         cold, warm = generate(llm, prompts, params), generate(llm, prompts, params)
         assert (preemptions(llm) > 0) == ("preempted" in way)
         stats = llm.engine.core.stats()
@@ -247,7 +246,8 @@ def test_speculation_is_invisible(tiny, speculative, work, way, adaptive):
 def speculative(byte_tokenizer_path):
     from tiny_engines import Tiny
 
-    engine = Tiny("llama", byte_tokenizer_path, speculative_config=K3)
+    # the engine of test_speculation.py, whose executables needn't be compiled again
+    engine = Tiny("llama", byte_tokenizer_path, **SMALL, speculative_config=speculation(8))
     yield engine
     engine.close()
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_reference import Reference
+from speculation_cases import SMALL as FEW_EXECUTABLES
 from tiny_engines import GREEDY, SMALL, Tiny, generate, ids, preemptions
 
 from jaxserve import ConfigError, SamplingParams
@@ -66,7 +67,7 @@ def work():
 def test_the_ids_of_the_rounded_model_whatever_the_way(tiny, work, kv_cache_dtype, way):
     """All in one batch; then again, with the prefix cache warm."""
     prompts, params, wanted = work(kv_cache_dtype)
-    with tiny("llama", kv_cache_dtype=kv_cache_dtype).llm(**WAYS[way]) as llm:
+    with tiny("llama", **FEW_EXECUTABLES, kv_cache_dtype=kv_cache_dtype).llm(**WAYS[way]) as llm:
         assert ids(generate(llm, prompts, params)) == wanted
         assert (preemptions(llm) > 0) == ("preempted" in way)
         warm = generate(llm, prompts, params)
@@ -84,7 +85,9 @@ def test_the_rounding_is_seen(work, reference):
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", pytest.param("int8", marks=pytest.mark.slow)])
 def test_two_devices_say_the_same(byte_tokenizer_path, work, kv_cache_dtype):
     prompts, params, wanted = work("fp8" if kv_cache_dtype == "fp8_e4m3" else kv_cache_dtype)
-    engine = Tiny("llama", byte_tokenizer_path, kv_cache_dtype=kv_cache_dtype, tensor_parallel_size=2)
+    engine = Tiny(
+        "llama", byte_tokenizer_path, **FEW_EXECUTABLES, kv_cache_dtype=kv_cache_dtype, tensor_parallel_size=2
+    )
     with engine.llm() as llm:
         assert ids(generate(llm, prompts, params)) == wanted
 
@@ -93,7 +96,7 @@ def test_two_devices_say_the_same(byte_tokenizer_path, work, kv_cache_dtype):
     "kv_cache_dtype, dtype, bytes_a_head", [("fp8", "float8_e4m3fn", 12), ("int8", "int8", 12 + 4)]
 )
 def test_the_pool_holds_as_many_blocks_as_the_dtype_lets_it(tiny, kv_cache_dtype, dtype, bytes_a_head):
-    engine = tiny("llama", kv_cache_dtype=kv_cache_dtype).engine
+    engine = tiny("llama", **FEW_EXECUTABLES, kv_cache_dtype=kv_cache_dtype).engine
     config = engine.model_config
     block = config.num_layers * 2 * config.num_kv_heads * SMALL["block_size"] * bytes_a_head
     assert config.head_dim == 12

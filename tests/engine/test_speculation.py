@@ -148,20 +148,17 @@ def test_up_to_the_context_limit(plain, drafting, reference, K, max_model_len):
         assert num_drafts(llm)[1] > 0 or max_model_len < 32
 
 
-def test_up_to_the_end_of_the_devices_arrays(plain, tiny, reference):
-    """The same where the token history and the block table end there too; blocks of 4 don't divide 34."""
-    limit = 34
-    texts = prompts(2, 33)
-    texts = [(text * limit)[:n] for n, text in enumerate(texts, 1)]
-    params = [
-        SamplingParams(temperature=0.3 * (n % 2), seed=n, max_tokens=limit - n, ignore_eos=True)
-        for n in range(1, limit)
-    ]
+def test_up_to_the_end_of_the_devices_arrays(plain, drafting, reference):
+    """The same where the token history and the block table end there too; blocks of 4 don't divide it."""
+    limit = SMALL["max_model_len"]
+    lengths = [1, 40, *range(limit - 20, limit)]
+    texts = [(text * limit)[:n] for n, text in zip(lengths, prompts(2, len(lengths)), strict=True)]
+    params = [SamplingParams(temperature=0.3 * (n % 2), seed=n, max_tokens=limit - n, ignore_eos=True) for n in lengths]
     with plain.llm() as llm:
         want = answers(llm, texts, params)
-    engine = tiny("llama", **SMALL, max_model_len=limit, speculative_config=speculative(4))
-    for settings in ({}, {"num_blocks": 9, "admission_headroom_len": 0}, {"run_ahead": 0}, {"run_ahead": 3}):
-        with engine.llm(**EAGER, **settings) as llm:
+    scarce = {"num_blocks": -(-limit // 4), "admission_headroom_len": 0}
+    for settings in ({}, {"max_drafts": 4}, scarce, {"run_ahead": 0}, {"run_ahead": 3}):
+        with drafting(LONGEST).llm(**EAGER, **settings) as llm:
             assert_same(answers(llm, texts, params), want, params, reference("llama"))
             assert num_drafts(llm)[1] > 0
 
