@@ -89,7 +89,7 @@ class Compiler:
         args = (params, kv, self.slots, self.scratch)
         # A mixed step takes the device longer than launching its kernels one by one takes the host, and the first of
         # them runs while the others are launched; a graph is launched after it was recorded.
-        options = _NO_GRAPHS if self._platform == "gpu" and num_tokens > num_rows else None
+        options = self._no_graphs if num_tokens > num_rows else None
         return Task(f"forward_{num_tokens}x{num_rows}", run, args, (1, 3), out, options)
 
     def burst(self, key: BurstKey) -> Task:
@@ -122,7 +122,8 @@ class Compiler:
         )
         name = f"sample_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts + 1}"
         out = (self._whole(self.slots), self._sharding(WHOLE))
-        return Task(name, run, (self.model.head_params(self.params), self.slots, self.scratch), (1,), out)
+        args = (self.model.head_params(self.params), self.slots, self.scratch)
+        return Task(name, run, args, (1,), out, self._no_graphs)
 
     def propose(self, drafter: DraftModel, key: SampleKey) -> Task:
         run = functools.partial(
@@ -139,12 +140,13 @@ class Compiler:
 
     def stage(self) -> Task:
         run = functools.partial(step.stage, config=self.config)
-        return Task("stage", run, (self.slots, self._words(packet_len(self.config))), (0,), self._whole(self.slots))
+        args = (self.slots, self._words(packet_len(self.config)))
+        return Task("stage", run, args, (0,), self._whole(self.slots), self._no_graphs)
 
     def admit(self) -> Task:
         run = functools.partial(step.admit, fields=self.fields)
         words = self._words(ADMISSION_ROWS, self.fields.num_words)
-        return Task("admit", run, (self.slots, words), (0,), self._whole(self.slots))
+        return Task("admit", run, (self.slots, words), (0,), self._whole(self.slots), self._no_graphs)
 
     def prompt_scores(self) -> Task:
         run = functools.partial(
@@ -154,11 +156,20 @@ class Compiler:
             num_tokens=self.prompt_score_tokens,
         )
         args = (self.model.head_params(self.params), self.slots, self.scratch, self._words(3))
-        return Task("prompt_scores", run, args, (), self._sharding(WHOLE))
+        return Task("prompt_scores", run, args, (), self._sharding(WHOLE), self._no_graphs)
 
     @property
     def prompt_score_tokens(self) -> int:
         return min(PROMPT_SCORE_TOKENS, self.config.max_num_batched_tokens)
+
+    @property
+    def _no_graphs(self) -> Mapping[str, Any] | None:
+        """Options of what XLA:GPU shall launch kernel by kernel.
+
+        What takes a packet from the host or gives the host a result has another address for it in each step: its graph
+        would be recorded anew each time, which takes longer than to launch its few kernels.
+        """
+        return _NO_GRAPHS if self._platform == "gpu" else None
 
     @property
     def _platform(self) -> str:

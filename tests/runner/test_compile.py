@@ -8,6 +8,8 @@ import pytest
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build_engine
 from jaxserve.runner.compiler import Compiler
+from jaxserve.runner.executables import BurstKey, sample_keys
+from jaxserve.sampling.tier import Tier
 
 MODEL = str(Path(__file__).parents[1] / "engine" / "tiny_dummy.toml")
 MAPS = Path("/proc/self/maps")
@@ -35,7 +37,7 @@ def test_an_engine_that_is_gone_leaves_no_compiled_code():
     assert num_mappings() - before < 50
 
 
-def test_mixed_steps_of_a_gpu_are_compiled_without_graphs(monkeypatch):
+def test_what_would_be_recorded_in_each_step_of_a_gpu_is_compiled_without_graphs(monkeypatch):
     compiler = build_engine(SMALL, progress=False).core.runner.compiler()
     buckets = compiler.config.token_buckets
     assert all(compiler.forward(*bucket).options is None for bucket in buckets)
@@ -45,3 +47,6 @@ def test_mixed_steps_of_a_gpu_are_compiled_without_graphs(monkeypatch):
     for (tokens, rows), task in tasks.items():
         assert (task.options is not None) == (tokens > rows)
         task.lower().compile(task.options)  # XLA knows the option's name
+    small = [compiler.stage(), compiler.admit(), *(compiler.sample(key) for key in sample_keys(compiler.config))]
+    assert all(task.options for task in small)
+    assert compiler.burst(BurstKey(Tier.PLAIN, 1, 1, 2)).options is None
