@@ -8,6 +8,7 @@ from tiny_engines import preemptions
 from jaxserve import ConfigError, SamplingParams
 from jaxserve.config import EngineConfig, SpeculativeConfig
 from jaxserve.engine.core import EngineCore
+from jaxserve.runner import buckets
 
 BURST = 3
 SHORT = {"adaptive_drafts": None, "max_drafts": 2}  # as many tokens as a burst has room for
@@ -80,6 +81,20 @@ def test_many_that_come_and_go(bursting, calls, want, reference, way):
     assert BURST in calls or (bursting.config.speculative_config and way.get("max_num_seqs") != 1), (
         "drafts fill a bucket"
     )
+
+
+def test_large_bursts_are_shorter_than_small_ones(tiny, want, reference, monkeypatch):
+    """Of the longest 3 steps for one row, of 2 for more."""
+    monkeypatch.setattr(buckets, "_LONG_BURST_ROWS", 1)
+    engine = tiny("llama", **{**SMALL, "max_num_batched_tokens": 33}, steps_per_dispatch=BURST)  # an engine of its own
+    runner, found = engine.engine.core.runner, []
+    burst = runner._dispatch_burst
+    monkeypatch.setattr(
+        runner, "_dispatch_burst", lambda plans, key: found.append((key, len(plans))) or burst(plans, key)
+    )
+    with engine.llm(**SHORT) as llm:
+        assert_same(answers(llm, prompts(1, len(PLAIN)), PLAIN), want[1], PLAIN, reference("llama"))
+    assert {(key.num_rows, length) for key, length in found} == {(1, 3), (3, 2)}
 
 
 def test_drafts_are_accepted_in_bursts(bursting, calls):
