@@ -96,4 +96,6 @@ $(VENV_AOT)/.installed: scripts/aot_requirements.txt | $(VENV_AOT)/bin/python
 
 %/bin/python:
 	$(if $(PYTHON),,$(error jaxserve needs Python 3.12, and python3.12 isn't on the PATH: install it, or name it by make PYTHON=path))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "jaxserve needs Python 3.12 or newer, and $(PYTHON) isn't: name another by make PYTHON=path" >&2; exit 1; }
 	@$(PYTHON) -m venv $*

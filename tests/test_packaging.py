@@ -124,3 +124,14 @@ def version_of_pyproject() -> str:
     import tomllib
 
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_an_older_python_is_one_clear_line_and_leaves_no_environment(tmp_path):
+    old, environment = tmp_path / "old", tmp_path / "environment"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    command = ["make", f"PYTHON={old}", f"VENV={environment}", str(environment / "bin" / "python")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said, *_ = result.stderr.splitlines()
+    assert said == f"jaxserve needs Python 3.12 or newer, and {old} isn't: name another by make PYTHON=path"
+    assert result.returncode and not environment.exists()

@@ -86,6 +86,8 @@ class RequestBuilder:
             raise InvalidRequestError("detokenize is True; allowed: False, as the engine has no tokenizer")
         self._check_ids(params)
         self._check_caps(params)
+        bad_words_ids = self._check_bad_words(params.bad_words or ())
+        self._check_something_is_left(params, bad_words_ids)
         priority = params.priority if priority is None else checked_integer("priority", priority, *PRIORITIES)
         if priority != 0 and self._config.scheduling_policy != "priority":
             raise InvalidRequestError(
@@ -95,7 +97,7 @@ class RequestBuilder:
             prompt=prompt.text,
             prompt_token_ids=token_ids,
             params=params,
-            bad_words_ids=self._check_bad_words(params.bad_words or ()),
+            bad_words_ids=bad_words_ids,
             cache_salt=prompt.cache_salt,
             priority=priority,
         )
@@ -216,6 +218,19 @@ class RequestBuilder:
             raise InvalidRequestError(
                 f"num_speculative_tokens is {params.num_speculative_tokens}; allowed: 0..{most} "
                 "(the engine's speculative_config), or None"
+            )
+
+    def _check_something_is_left(self, params: SamplingParams, bad_words_ids: tuple[tuple[int, ...], ...]) -> None:
+        """``allowed_token_ids`` must hold an id that neither bad words of one token nor ``min_tokens`` forbid."""
+        if params.allowed_token_ids is None:
+            return
+        forbidden = {ids[0] for ids in bad_words_ids if len(ids) == 1}
+        if params.min_tokens > 0:
+            forbidden |= {*(params.stop_token_ids or ()), *self._eos_token_ids}  # EOS although it is ignored
+        if forbidden.issuperset(params.allowed_token_ids):
+            raise InvalidRequestError(
+                f"allowed_token_ids is {list(params.allowed_token_ids)}, and bad_words or min_tokens forbid all of it; "
+                "allowed: at least one id that they leave"
             )
 
     def _check_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -40,7 +40,9 @@ def truncate(
     keys = jnp.where(keys >= kth[:, None], keys, np.uint32(0))
 
     scale = (highest, temperature)
-    wanted_mass = jnp.where(top_p < 1.0, top_p * jnp.sum(_mass(keys, *scale), axis=1), jnp.inf)
+    # At least the smallest normal number: a smaller product counts as 0, which no ids at all would reach.
+    mass = jnp.maximum(top_p * jnp.sum(_mass(keys, *scale), axis=1), np.finfo(np.float32).tiny)
+    wanted_mass = jnp.where(top_p < 1.0, mass, jnp.inf)
     nucleus = _threshold(keys, wanted_mass, scale)
     return jnp.where(keys >= jnp.maximum(nucleus, 1)[:, None], _from_ordered_bits(keys), -jnp.inf)
 

@@ -5,6 +5,7 @@ import pytest
 from tiny_engines import GREEDY, Tiny, generate, ids, preemptions
 
 from jaxserve import LLM, InvalidRequestError, SamplingParams
+from jaxserve.engine import build
 
 
 def test_a_small_pool_and_every_other_setting(byte_tokenizer_path, reference):
@@ -35,3 +36,9 @@ def test_a_small_pool_and_every_other_setting(byte_tokenizer_path, reference):
             with pytest.raises(InvalidRequestError, match=allowed):
                 generate(llm, [prompts[2]], GREEDY.with_changes(max_tokens=wrong))
         assert [o.metrics.num_cached_tokens for o in outputs] == [0, 0, 0]
+
+
+def test_a_gpu_that_jax_cannot_use_is_said(monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: f"/bin/{name}")
+    with pytest.warns(RuntimeWarning, match=r"an NVIDIA GPU is here, but JAX is CPU-only; pip install .*cuda13"):
+        assert build._platform() == "cpu"

@@ -262,3 +262,21 @@ def test_a_refused_request_draws_nothing():
     admitted = [b.admit(b.check(ParsedPrompt("hi", None), SamplingParams())) for b in (one, two)]
     assert admitted[0].choices[0].seed == admitted[1].choices[0].seed
     assert admitted[0].request_id == admitted[1].request_id
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"allowed_token_ids": [104], "bad_words": ["h"]},
+        {"allowed_token_ids": [EOS], "min_tokens": 2},
+        {"allowed_token_ids": [EOS], "min_tokens": 2, "ignore_eos": True},
+        {"allowed_token_ids": [7, 104], "bad_words": ["h"], "stop_token_ids": [7], "min_tokens": 1},
+    ],
+)
+def test_an_allowed_id_must_be_left(settings):
+    """Otherwise every id would be forbidden, and the first of the vocabulary would come out."""
+    with pytest.raises(InvalidRequestError, match=r"allowed_token_ids is \[.*forbid all of it; allowed: at least one"):
+        check(params=SamplingParams(**settings, max_tokens=5))
+    check(
+        params=SamplingParams(**{**settings, "allowed_token_ids": [*settings["allowed_token_ids"], 99]}, max_tokens=5)
+    )

@@ -136,3 +136,10 @@ def test_every_way_to_descend_weighs_alike(digit_bits, unroll):
     )
     np.testing.assert_array_equal(found[:5], keys[np.arange(5), last[:5]])
     assert int(found[5]) == 0
+
+
+@pytest.mark.parametrize("top_p", [1.2e-38, 1e-38, 1e-45, 0.0])
+def test_the_smallest_nucleus_is_the_most_likely_id(top_p):
+    """Also where float32 has no normal number for it, and none at all."""
+    logits = np.random.default_rng(0).standard_normal((1, WIDTH))
+    assert kept_by(logits, [1.0], [0], [top_p], [0.0]) == [{int(logits.argmax())}]
