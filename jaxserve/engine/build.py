@@ -156,7 +156,7 @@ def _platform() -> str:
     if platform not in _DEFAULTS:
         raise ConfigError(f"JAX runs on {platform!r}; allowed: {', '.join(_DEFAULTS)}")
     if platform == "cpu" and shutil.which("nvidia-smi"):
-        # Not by the logger, which shows nothing unless the program asks: this is ten times the speed.
+        # Not by the logger, which shows nothing unless the program asks for it.
         warnings.warn(
             "an NVIDIA GPU is here, but JAX is CPU-only; pip install 'jaxserve-llm[cuda13]' to use it",
             RuntimeWarning,

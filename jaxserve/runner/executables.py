@@ -66,7 +66,7 @@ def sample_keys(config: RunnerConfig) -> tuple[SampleKey, ...]:
 
 def burst_keys(config: RunnerConfig) -> tuple[BurstKey, ...]:
     """The bursts' executables, cheapest first. PLAIN serves greedy rows too; TRUNCATED and SCORED come in one size."""
-    buckets = config.burst_buckets if config.burst_len > 1 else ()
+    buckets = config.burst_buckets  # none where burst_len is 1
     found = []
     for number, (tokens, rows) in enumerate(buckets):
         rare = (Tier.TRUNCATED, Tier.SCORED) if number == min(1, len(buckets) - 1) else ()
