@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from jaxserve.engine.callers import Callers, Sink
 from jaxserve.engine.events import ShutDown, dead_error
+from jaxserve.engine.patience import Patience
 from jaxserve.errors import CompileAfterWarmupError, EngineDeadError
 from jaxserve.runner.compile_guard import CompileGuard
 from jaxserve.scheduler.commit import Commit
@@ -103,7 +104,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self._run_ahead = scheduler.config.run_ahead if run_ahead is None else run_ahead
-        self._watchdog_seconds = watchdog_seconds
+        self._patience = Patience(watchdog_seconds)
         self._strict_compile = strict_compile
         self._check_invariants = check_invariants
         self._inbox: deque[Choice | _Finish | Callable[[], None]] = deque()
@@ -115,7 +116,6 @@ class EngineCore:
         self._stopping = False
         self._busy = False
         self._hung = False
-        self._suspected: float | None = None  # a heartbeat that the watchdog found too old
         self._guard = CompileGuard()
         self._thread: threading.Thread | None = None
         self._watchdog: threading.Thread | None = None
@@ -145,7 +145,7 @@ class EngineCore:
             threads = (None if self._hung else self._thread, self._watchdog)
         for thread in threads:
             if thread is not None and thread is not threading.current_thread():
-                thread.join(timeout=self._watchdog_seconds)
+                thread.join(timeout=self._patience.seconds)
         self._die(ShutDown())
 
     def submit(self, choices: Sequence[Choice], sink: Sink, *, streaming: bool = True) -> None:
@@ -311,25 +311,19 @@ class EngineCore:
             with self._lock:
                 if self._error is not None or self._stopping:
                     return
-                self._lock.wait(min(_IDLE_CHECK_SECONDS, self._watchdog_seconds / 4))
+                self._lock.wait(min(_IDLE_CHECK_SECONDS, self._patience.seconds / 4))
         logger.error("%s; the engine gives up", trouble)
         self._die(EngineDeadError(trouble))
 
     def _trouble(self) -> str | None:
-        """What is wrong with the loop from outside, if anything is.
-
-        A step is overdue if two looks say so: if the whole process had been stopped, the second finds it moving.
-        """
+        """What is wrong with the loop from outside, if anything is."""
         with self._lock:
             if self._error is not None or self._stopping or self._thread is None:
                 return None
             if not self._thread.is_alive():
                 return "the core's thread is gone"
-            silent = time.monotonic() - self.heartbeat
-            if not self._busy or silent <= self._watchdog_seconds:
-                return None
-            if self._suspected != self.heartbeat:
-                self._suspected = self.heartbeat
+            now = time.monotonic()
+            if not self._busy or not self._patience.is_over(self.heartbeat, now):
                 return None
             self._hung = True
-            return f"no step has returned for {silent:.0f} s (watchdog_seconds)"
+            return f"no step has returned for {now - self.heartbeat:.0f} s (watchdog_seconds)"

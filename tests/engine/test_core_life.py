@@ -242,29 +242,6 @@ def test_the_watchdog_leaves_a_slow_but_moving_engine_and_an_idle_one_alone(monk
     core.shutdown()
 
 
-def test_the_watchdog_forgives_a_process_that_was_stopped():
-    """After Ctrl-Z and fg every heartbeat is old; the first one that is new shows that nothing hangs."""
-    waits, go = threading.Event(), threading.Event()
-
-    def hook(kind, number):
-        if (kind, number) == ("fetch", 2):
-            waits.set()
-            assert go.wait(20)
-
-    core, sink = make_core(FakeRunner(hook), watchdog_seconds=60.0), Sink()
-    choice = make_choice(max_tokens=20)
-    core.submit([choice], sink)
-    core.start()
-    assert waits.wait(20)
-    core.heartbeat -= 100.0  # what it looks like when the process goes on
-    assert core._trouble() is None
-    go.set()
-    sink.wait([choice])
-    assert core._trouble() is None
-    assert sink.reason(choice) != "error"
-    core.shutdown()
-
-
 def test_shutdown_waits_for_what_the_device_computes():
     """Steps of finished choices too: Python's own end doesn't."""
     runner = FakeRunner(lambda what, step_id: time.sleep(0.001))

@@ -20,7 +20,7 @@ def test_a_small_pool_and_every_other_setting(byte_tokenizer_path, reference):
     assert (core.runner.config.num_blocks, scheduler.num_blocks, scheduler.block_size) == (24, 24, 4)
     assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.max_model_len) == (2, 17, 96)
     assert (scheduler.enable_prefix_caching, scheduler.policy, scheduler.run_ahead) == (False, "priority", 1)
-    assert (scheduler.max_seconds, core._watchdog_seconds) == (1000.0, 77.0)
+    assert (scheduler.max_seconds, core._patience.seconds) == (1000.0, 77.0)
     oracle = reference("llama")
     prompts = [np.random.default_rng(n).integers(3, 131, n).tolist() for n in (36, 30, 20)]
     params = GREEDY.with_changes(max_tokens=55)

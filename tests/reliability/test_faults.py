@@ -239,12 +239,12 @@ def test_row_46_a_hung_step_is_noticed_and_closing_does_not_wait_for_it(stage):
         until(lambda: len(core.callers) >= NUM_CHOICES)
         callers.start_call()
         until(lambda: core._calls)
-        core._watchdog_seconds = 0.2
+        core._patience.seconds = 0.2
         callers.join()
         assert all(isinstance(outcome, EngineDeadError) for outcome in callers.outcomes())
         assert_dead(llm, "watchdog_seconds")
         began = time.monotonic()
-        core._watchdog_seconds = 30.0  # what closing would wait for a step that still may come
+        core._patience.seconds = 30.0  # what closing would wait for a step that still may come
     assert time.monotonic() - began < SOON
     hang.go.set()
     until(lambda: not core._thread.is_alive())
