@@ -23,6 +23,7 @@ from jaxserve.runner.executables import (
     temp_bytes,
 )
 from jaxserve.runner.jax_cache import ApartFromJaxCache
+from jaxserve.sampling.tier import Tier
 
 logger = logging.getLogger("jaxserve")
 
@@ -90,15 +91,24 @@ def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: 
 
 
 def _tasks(compiler: Compiler) -> tuple[dict[Any, Task], tuple[SampleKey, ...]]:
-    """All tasks, and which the draft model's are. The largest come first: they take longest, others fill the gaps."""
+    """All tasks in the order of their tracing, and which the draft model's are.
+
+    The last ones traced are waited for: the small ones. Before them come the large ones, and those with the same
+    products lie apart: XLA:GPU tunes a product once if it has the result when the next executable asks.
+    """
     config = compiler.config
-    tasks: dict[Any, Task] = {("forward", key): compiler.forward(*key) for key in reversed(config.token_buckets)}
-    tasks |= {("burst", key): compiler.burst(key) for key in reversed(burst_keys(config))}
+    buckets, bursts = config.token_buckets[::-1], burst_keys(config)[::-1]
+    mixed = [key for key in buckets if key[0] > key[1]]
+    common = [key for key in bursts if key.tier is Tier.PLAIN]
+    tasks: dict[Any, Task] = {("burst", key): compiler.burst(key) for key in common}
+    tasks |= {("forward", key): compiler.forward(*key) for key in mixed}
+    tasks |= {("burst", key): compiler.burst(key) for key in bursts if key not in common}
     proposals: tuple[SampleKey, ...] = ()
     if compiler.drafter is not None:
         proposals = propose_keys(config)
         tasks |= {("propose", key): compiler.propose(compiler.drafter, key) for key in reversed(proposals)}
     tasks |= {("sample", key): compiler.sample(key) for key in reversed(sample_keys(config))}
+    tasks |= {("forward", key): compiler.forward(*key) for key in buckets if key not in mixed}
     tasks |= {"stage": compiler.stage(), "admit": compiler.admit(), "prompt_scores": compiler.prompt_scores()}
     return tasks, proposals
 

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.lane import when
 from pallas_kernels.qkv_prologue.types import QKNorm, RopeTable
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVPool, RaggedBatch
 
@@ -163,7 +164,7 @@ def _run(
             plgpu.commit_smem()
             for i, (block, offset) in enumerate(slots):
 
-                @pl.when(block < N)
+                @when(block < N)
                 def _(i: int = i, block: jax.Array = block, offset: jax.Array = offset) -> None:
                     to = values_ref.at[block, :, head, offset]
                     plgpu.copy_smem_to_gmem(kv_smem.at[i], to, commit_group=False)
@@ -176,7 +177,7 @@ def _run(
         if parts == 1:
             write_keys_and_values()
         else:
-            pl.when(part == 0)(write_keys_and_values)
+            when(part == 0)(write_keys_and_values)
         for g, row in enumerate(rows):
             for i, x in enumerate(turned(row, q_scale)):
                 to = q_ref.at[tokens, head * G + part * queries + g, pl.ds(i * half, half)]

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.lane import when
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 
 _THREADS = 128
@@ -69,7 +70,7 @@ def combine(
                 acc, m, l = acc * alpha + out_k * weight, m_new, l * alpha + weight
             return acc, m, l
 
-        @pl.when(token < splits_ref[split, plan.SPLIT_TOKENS])
+        @when(token < splits_ref[split, plan.SPLIT_TOKENS])
         def _():
             start = (constant(0.0), constant(-1e30), constant(0.0))
             acc, _, l = lax.fori_loop(0, pl.cdiv(num_pieces, at_once), join, start)

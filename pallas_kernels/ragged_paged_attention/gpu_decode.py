@@ -269,7 +269,7 @@ def decode(
                 plgpu.barrier_arrive(k_free.at[slot])
                 x, c = logits(s, spec, spec.scale * k_scale)
                 if masked:
-                    q_pos, kv_pos = first_pos + iota(dimension=0) // PG, key + iota(dimension=1)
+                    q_pos, kv_pos = first_pos + lax.div(iota(dimension=0), jnp.int32(PG)), key + iota(dimension=1)
                     x = mask(x, q_pos, kv_pos, spec, end_key if units > 1 else None)
                 p, alpha, m, l = online_softmax(x, c, m, l)
                 acc = acc * rows_of(alpha, acc)
