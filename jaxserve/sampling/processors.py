@@ -7,8 +7,9 @@
 5. ``logit_bias``
 6. penalties: repetition (prompt and output), then frequency and presence (output)
 
-1 to 4 only put ids at -inf, where bias and penalties leave them; so they may be applied together. A row whose settings
-are neutral passes through bit for bit.
+3 and 4 give way where they would leave nothing of what 2 allows: a bad word of several ids may end in the last id that
+is allowed, which nobody knows before the other ids are there. Bias and penalties leave an id at -inf there. A row whose
+settings are neutral passes through bit for bit.
 """
 
 from __future__ import annotations
@@ -46,23 +47,29 @@ def process(
 ) -> jax.Array:
     """float32[M, Vp]: steps 2 (without grammar) to 6 of the module's docstring."""
     logits = apply_token_mask(logits, state.allowed[rows.slots])
-    logits = _add_listed(logits, rows, state)
+    logits = _forbid(logits, rows, state)
+    logits = _add(logits, state.bias_ids[rows.slots], state.bias_values[rows.slots])
     return _penalise(logits, rows, state)
 
 
-def _add_listed(logits: jax.Array, rows: SampleRows, state: SamplingState) -> jax.Array:
-    """Bad words, stop ids and biases: short lists of ids, so one scatter-add; a mask adds -inf."""
+def _forbid(logits: jax.Array, rows: SampleRows, state: SamplingState) -> jax.Array:
+    """Bad words and stop ids at -inf, in the rows in which other ids are left."""
     slots = rows.slots
     words = state.bad_words[slots]  # [M, Nw, Lw]
     prefix, last = words[:, :, :-1], words[:, :, -1]
     hit = jnp.all((prefix == NO_ID) | (prefix == rows.recent[:, None, :]), axis=-1)  # [M, Nw]
     too_short = state.prompt_len[slots] + rows.output_index < state.min_len[slots]  # [M]
-    stops = state.stop_ids[slots]  # [M, Cs]
-    ids = jnp.concatenate(
-        [jnp.where(hit, last, NO_ID), jnp.where(too_short[:, None], stops, NO_ID), state.bias_ids[slots]], axis=1
-    )
-    masked = jnp.full((ids.shape[0], last.shape[1] + stops.shape[1]), -jnp.inf, logits.dtype)
-    values = jnp.concatenate([masked, state.bias_values[slots]], axis=1)
+    stops = jnp.where(too_short[:, None], state.stop_ids[slots], NO_ID)  # [M, Cs]
+    ids = jnp.concatenate([jnp.where(hit, last, NO_ID), stops], axis=1)
+    left = _add(logits, ids, jnp.full(ids.shape, -jnp.inf, logits.dtype))
+    return jnp.where(left.max(axis=1, keepdims=True) == -jnp.inf, logits, left)
+
+
+def _add(
+    logits: jax.Array,  # float32[M, Vp]
+    ids: jax.Array,  # int32[M, C]; NO_ID adds nothing
+    values: jax.Array,  # float32[M, C]
+) -> jax.Array:
     ids = jnp.where(ids == NO_ID, logits.shape[1], ids)  # a negative index would count from the end
     return logits.at[jnp.arange(ids.shape[0])[:, None], ids].add(values, mode="drop")
 

@@ -70,6 +70,7 @@ def processed(logits: np.ndarray, case: Case, output: list[int]) -> np.ndarray:
         for token in range(len(out)):
             if token not in params.allowed_token_ids:
                 out[token] = -np.inf
+    allowed = out.copy()
     for word in case.bad_words:
         prefix = list(word[:-1])
         if len(output) >= len(prefix) and output[len(output) - len(prefix) :] == prefix:
@@ -77,6 +78,8 @@ def processed(logits: np.ndarray, case: Case, output: list[int]) -> np.ndarray:
     if len(output) < params.min_tokens:
         for token in set(case.eos) | set(params.stop_token_ids or ()):
             out[token] = -np.inf
+    if np.all(out == -np.inf):
+        out = allowed
     for token, value in (params.logit_bias or {}).items():
         out[token] += value
     for token in set(case.prompt) | set(output):

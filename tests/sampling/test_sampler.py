@@ -34,6 +34,15 @@ CASES = [
     Case(SamplingParams(bad_words=["x"]), [7, 4], [4, 5], bad_words=[[4], [4, 5, 6], [5, 20]]),
     Case(SamplingParams(bad_words=["x"]), [6, 7], [], bad_words=[[6, 7, 8], [7, 9], [10]]),  # the prompt doesn't count
     Case(SamplingParams(temperature=0.0, presence_penalty=2.0, top_k=3), [3], [4, 4, 7]),
+    # After 4 its bad word forbids 5, which is all that is left but for 11, and that stops too early.
+    Case(
+        SamplingParams(
+            allowed_token_ids=[5, 11], stop_token_ids=[11], min_tokens=4, max_tokens=9, logit_bias={5: -2.0}
+        ),
+        [1],
+        [4],
+        bad_words=[[4, 5]],
+    ),
 ]
 
 
@@ -62,7 +71,7 @@ def run_cases(cases, logits, *, drafts=None, **options):
 def test_processors_equal_the_reference_at_every_position():
     K = 3
     drafts = np.array([[4, 5, 6], [8, 8, 1], [5, 5, 20], [11, 2, 9], [4, 4, 4]], np.int32)
-    drafts = np.concatenate([drafts, drafts[::-1]])
+    drafts = np.concatenate([drafts, drafts[::-1], [[3, 4, 5]]])
     tokens, lengths = history(CASES, 16, rubbish=4)
     state = state_of(CASES, V)
     logits = logits_for(len(CASES) * (K + 1))
@@ -169,20 +178,20 @@ def test_padding_batch_and_slots_change_nothing():
     logits = logits_for(len(CASES))
     alone = np.asarray(run_cases(CASES, logits)[0])
     # twice the slots in another order, a wider vocabulary of rubbish, padding rows among the real ones
-    slot_of = np.array([13, 4, 0, 17, 9, 2, 11, 19, 6, 15])
+    slot_of = np.array([13, 4, 0, 17, 9, 2, 11, 19, 6, 15, 8])
     filler = Case(SamplingParams(temperature=2.0, presence_penalty=-1.0), [8], [8, 8], seed=99)
     spread = [filler] * 20
     for case, slot in zip(CASES, slot_of, strict=True):
         spread[slot] = case
     tokens, lengths = history(spread, 16)
-    wide = np.full((12, 64), 1e4, np.float32)
-    wide[1:11, :V] = logits
-    wide[0], wide[11] = np.nan, np.inf
+    wide = np.full((len(CASES) + 2, 64), 1e4, np.float32)
+    wide[1:-1, :V] = logits
+    wide[0], wide[-1] = np.nan, np.inf
     slots = np.concatenate([[20], slot_of, [25]])
-    ids, logprobs = run(wide, state_of(spread, V), slots, tokens, lengths, np.zeros((12, 0), np.int32))
-    np.testing.assert_array_equal(np.asarray(ids)[1:11], alone)
+    ids, logprobs = run(wide, state_of(spread, V), slots, tokens, lengths, np.zeros((len(wide), 0), np.int32))
+    np.testing.assert_array_equal(np.asarray(ids)[1:-1], alone)
     assert (np.asarray(ids) >= 0).all() and (np.asarray(ids) < V).all()
-    assert (np.asarray(logprobs.top_ids)[1:11] < V).all()
+    assert (np.asarray(logprobs.top_ids)[1:-1] < V).all()
 
 
 def test_state_and_logits_may_have_any_width():
@@ -197,12 +206,18 @@ def test_state_and_logits_may_have_any_width():
         np.testing.assert_array_equal(ids, want)
 
 
-def test_a_row_with_every_id_masked_gives_id_0():
-    cases = [Case(SamplingParams(allowed_token_ids=[5]), [1], [2], bad_words=[[5]])]
+def test_bad_words_give_way_where_they_forbid_all_that_is_allowed():
+    """Token 0 would come out otherwise, which neither setting allows."""
+    cases = [Case(SamplingParams(allowed_token_ids=[5]), [1], [2], bad_words=[[2, 5]])]
     ids, logprobs = run_cases(cases, logits_for(1))
-    assert int(ids[0]) == 0 and np.isfinite(float(logprobs.token_logprob[0]))
-    ids, _ = run_cases(cases, np.full((1, V), -np.inf, np.float32), tier=Tier.TRUNCATED)
-    assert int(ids[0]) == 0
+    assert int(ids[0]) == 5 and np.isfinite(float(logprobs.token_logprob[0]))
+
+
+def test_a_row_with_every_id_masked_gives_id_0():
+    cases = [Case(SamplingParams(), [1], [2])]
+    for tier in (Tier.TRUNCATED, Tier.FULL):
+        ids, _ = run_cases(cases, np.full((1, V), -np.inf, np.float32), tier=tier)
+        assert int(ids[0]) == 0
 
 
 @pytest.mark.parametrize("tier", list(Tier))
