@@ -244,8 +244,12 @@ class LLM:
 
     def _stream(self, checked: list[CheckedRequest]) -> Stream:
         submission = Submission(self.engine.core, self._codec, self._admit(checked), streaming=True)
-        submission.submit()
-        return Stream(submission, self)
+        with contextlib.ExitStack() as stack:
+            stack.callback(submission.abort)  # where Ctrl-C comes in between, nobody would have a stream to close
+            submission.submit()
+            stream = Stream(submission, self)
+            stack.pop_all()
+        return stream
 
 
 class Stream:

@@ -79,6 +79,16 @@ def _byte_characters() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
+class Clock:
+    """Takes the place of ``time`` in a module: it moves when a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def letters(choice: Choice) -> list[int]:
     """The default model: endless lower-case letters, a function of prompt, seed and index alone."""
     key = repr((tuple(choice.prompt_token_ids), choice.seed, choice.index)).encode()
@@ -99,7 +109,7 @@ class FakeCore:
     """Emits ``reply(choice)`` for every choice, ``tokens_per_step`` a step, until EOS, a stop id or max_tokens.
 
     With ``pauses`` a choice whose reply is used up emits nothing more, and waits to be finished from outside: a test of
-    who ends it needs no race.
+    who ends it needs no race. ``halts_after`` so many steps the core clears its gate.
 
     Attributes:
         gate: cleared, no step is run.
@@ -113,11 +123,13 @@ class FakeCore:
         tokens_per_step: int = 1,
         step_seconds: float = 0.0,
         pauses: bool = False,
+        halts_after: int | None = None,
     ):
         self.reply = reply
         self.pauses = pauses
         self.tokens_per_step = tokens_per_step
         self.step_seconds = step_seconds
+        self.halts_after = halts_after
         self.gate = threading.Event()
         self.gate.set()
         self.ended: dict[int, tuple[str, int | str | None, int]] = {}
@@ -137,8 +149,8 @@ class FakeCore:
             self._thread.start()
 
     def shutdown(self) -> None:
-        self.gate.set()
         self.fail(ShutDown())
+        self.gate.set()  # and nothing clears it any more
         if self._thread is not None:
             self._thread.join()
 
@@ -170,13 +182,15 @@ class FakeCore:
             raise dead_error(self._error)
 
     def stats(self) -> dict[str, Any]:
-        return {"num_running": len(self._running)}
+        return {"num_running": self.num_running}
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        with self._changed:  # who runs no more is in ``ended``
+            return len(self._running)
 
     def _loop(self) -> None:
+        num_steps = 0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._finishing or self._running, timeout=10)
@@ -191,6 +205,9 @@ class FakeCore:
                     self._apply_finishes()
                     for running in list(self._running.values()):
                         self._step(running)
+                    num_steps += 1
+                    if num_steps == self.halts_after:
+                        self.gate.clear()
             self.heartbeat = time.monotonic()
 
     def _die(self) -> None:

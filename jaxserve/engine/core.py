@@ -111,7 +111,9 @@ class EngineCore:
         self.callers = Callers()
         self._calls: set[Future[Any]] = set()
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
-        self._lock = threading.Condition()
+        # `with` takes a plain lock whole, whenever Ctrl-C comes; a Condition's methods can be left with it locked.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._error: BaseException | None = None
         self._stopping = False
         self._busy = False
@@ -140,7 +142,7 @@ class EngineCore:
         """
         with self._lock:
             self._stopping = True
-            self._lock.notify_all()
+            self._changed.notify_all()
             # A hung step may return never; the watchdog has waited for it long enough.
             threads = (None if self._hung else self._thread, self._watchdog)
         for thread in threads:
@@ -167,14 +169,14 @@ class EngineCore:
             self._raise_if_dead()
             self.callers.add(choices, sink, streaming=streaming)
             self._inbox.extend(choices)
-            self._lock.notify_all()
+            self._changed.notify_all()
 
     def finish(self, choice_id: int, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a choice at any moment (abort, stop string). Unknown and finished choices are left alone."""
         with self._lock:
             if self._error is None:
                 self._inbox.append(_Finish(choice_id, reason, stop_reason))
-                self._lock.notify_all()
+                self._changed.notify_all()
 
     def call[T](self, function: Callable[[Scheduler], T]) -> T:
         """Runs ``function`` on the core's thread, between two steps; waits for it and returns what it returns.
@@ -187,7 +189,7 @@ class EngineCore:
             self._raise_if_dead()
             self._calls.add(answer)
             self._inbox.append(lambda: self._answer(answer, function(self.scheduler)))
-            self._lock.notify_all()
+            self._changed.notify_all()
         return answer.result()
 
     def check_health(self) -> None:
@@ -274,7 +276,7 @@ class EngineCore:
             with self._lock:
                 if self._inbox or self._stopping:
                     return
-                called = self._lock.wait(_IDLE_CHECK_SECONDS)
+                called = self._changed.wait(_IDLE_CHECK_SECONDS)
             self.heartbeat = time.monotonic()
             if not called and not checked:
                 self.scheduler.check_invariants()  # tens of milliseconds for a large pool
@@ -301,7 +303,7 @@ class EngineCore:
             self._error = error
             calls, self._calls = self._calls, set()
             self._stopping = True
-            self._lock.notify_all()
+            self._changed.notify_all()
         for call in calls:
             call.set_exception(dead_error(error))
         self.callers.tell_all(error)
@@ -311,7 +313,7 @@ class EngineCore:
             with self._lock:
                 if self._error is not None or self._stopping:
                     return
-                self._lock.wait(min(_IDLE_CHECK_SECONDS, self._patience.seconds / 4))
+                self._changed.wait(self._patience.period)
         logger.error("%s; the engine gives up", trouble)
         self._die(EngineDeadError(trouble))
 
@@ -322,8 +324,8 @@ class EngineCore:
                 return None
             if not self._thread.is_alive():
                 return "the core's thread is gone"
-            now = time.monotonic()
-            if not self._busy or not self._patience.is_over(self.heartbeat, now):
+            heartbeat, now = self.heartbeat, time.monotonic()
+            if not self._busy or not self._patience.is_over(heartbeat, now):
                 return None
             self._hung = True
-            return f"no step has returned for {now - self.heartbeat:.0f} s (watchdog_seconds)"
+            return f"no step has returned for {now - heartbeat:.0f} s (watchdog_seconds)"

@@ -71,10 +71,10 @@ class Submission:
 
     def abort(self) -> None:
         """Ends every choice that still runs. Does nothing to finished ones. Any thread may call it."""
-        for collector in self.collectors:
-            for choice_id in collector.unfinished_ids:
-                self._core.finish(choice_id, "abort")
-        self._end("abort")
+        running = [choice_id for collector in self.collectors for choice_id in collector.unfinished_ids]
+        self._end("abort")  # first: whom the core's news of it wakes sees all of the end, not that of one choice
+        for choice_id in running:
+            self._core.finish(choice_id, "abort")
 
     def _end(self, reason: str) -> None:
         """Marks what still runs as ended: nobody may be there to take the core's last events."""

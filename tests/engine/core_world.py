@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from fakes import Clock
 
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.events import ChoiceEvent
+from jaxserve.engine.submission import Submission
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.config import SchedulerConfig
 from jaxserve.scheduler.plan import StepPlan, StepResult
@@ -161,8 +164,48 @@ def run(core: EngineCore, choices: Sequence[Choice]) -> Sink:
     return sink
 
 
+class Watchdog:
+    """The watchdog of a core that isn't started, which looks whenever the clock has moved; a look takes no time.
+
+    Attributes:
+        clock: the core's.
+    """
+
+    def __init__(self, core: EngineCore, clock: Clock) -> None:
+        self.clock = clock
+        self._looked = threading.Semaphore(0)
+        self._look, core._trouble = core._trouble, self._counted
+
+    def _counted(self) -> str | None:
+        trouble = self._look()
+        self._looked.release()
+        return trouble
+
+    def after(self, seconds: float) -> None:
+        """Lets ``seconds`` pass and the watchdog look."""
+        self.clock.now += seconds
+        while self._looked.acquire(blocking=False):
+            pass
+        for _ in range(2):  # the first may have looked before
+            assert self._looked.acquire(timeout=20)
+
+
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it didn't happen in time"
         time.sleep(0.001)
+
+
+def when_waiting(action: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> threading.Thread:
+    """Calls ``action`` on the thread that it returns, once ``ready`` and this one waits in a front for its core."""
+    waiter = threading.get_ident()
+
+    def run() -> None:
+        until(ready)
+        until(lambda: sys._current_frames()[waiter].f_code is Submission._wait.__code__)
+        action()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread

@@ -5,11 +5,13 @@ import time
 
 import numpy as np
 import pytest
-from core_world import FakeRunner, Sink, expected, make_choice, make_core, run, until
+from core_world import FakeRunner, Sink, Watchdog, expected, make_choice, make_core, run, until
+from fakes import Clock
 
 from jaxserve.engine import core as core_module
 from jaxserve.engine.submission import raise_dead
 from jaxserve.errors import EngineDeadError, InvalidRequestError
+from jaxserve.scheduler import request as request_module
 from jaxserve.scheduler.plan import StepResult
 
 SHUT_DOWN = "^the engine was shut down; build another LLM or AsyncEngine to go on$"
@@ -212,11 +214,12 @@ def test_the_watchdog_ends_a_hung_step():
             hung.set()
             assert release.wait(20)
 
-    core, sink = make_core(FakeRunner(hook), watchdog_seconds=0.5), Sink()
+    core, sink = make_core(FakeRunner(hook)), Sink()
     choices = [make_choice(max_tokens=20) for _ in range(6)]
     core.submit(choices, sink)
     core.start()
     assert hung.wait(20)
+    core._patience.seconds = 0.2  # not before: the first step of a busy machine may take that long
     sink.wait(choices)
     assert all("watchdog_seconds" in str(sink.terminal(c).error) for c in choices)
     with pytest.raises(EngineDeadError, match="watchdog_seconds"):
@@ -230,14 +233,18 @@ def test_the_watchdog_ends_a_hung_step():
 
 
 def test_the_watchdog_leaves_a_slow_but_moving_engine_and_an_idle_one_alone(monkeypatch):
-    monkeypatch.setattr(core_module, "_IDLE_CHECK_SECONDS", 0.02)
-    runner = FakeRunner(lambda kind, number: time.sleep(0.02))
-    core, sink = make_core(runner, watchdog_seconds=0.5), Sink()
+    """It looks after each dispatch and fetch, which take a quarter of its patience, and then where nothing is to do."""
+    monkeypatch.setattr(core_module, "time", clock := Clock())
+    runner = FakeRunner(lambda kind, number: watchdog.after(0.01))
+    core, sink = make_core(runner, watchdog_seconds=0.04), Sink()
+    watchdog = Watchdog(core, clock)
     core.start()
     choices = [make_choice(max_tokens=20)]
     core.submit(choices, sink)
     sink.wait(choices)
-    time.sleep(0.7)  # idle for longer than the watchdog's patience
+    until(lambda: not core._busy)
+    for _ in range(10):
+        watchdog.after(0.01)
     core.check_health()
     core.shutdown()
 
@@ -287,6 +294,7 @@ def test_shutdown_tells_the_unfinished_and_comes_twice():
     assert running.wait(20)
     stopper = threading.Thread(target=core.shutdown)
     stopper.start()
+    until(lambda: core._stopping)  # or a choice may be done before
     gate.set()
     core.shutdown()
     stopper.join(20)
@@ -337,9 +345,13 @@ def test_shutdown_of_a_core_that_never_ran():
         core.check_health()
 
 
-def test_max_seconds_ends_waiting_and_running_choices():
+def test_max_seconds_ends_waiting_and_running_choices(monkeypatch):
+    clock = Clock()
+    for module in (core_module, request_module):  # where choices are looked at, and where they arrive
+        monkeypatch.setattr(module, "time", clock)
+
     def hook(kind, number):
-        time.sleep(0.01)
+        clock.now += 0.01
 
     core = make_core(FakeRunner(hook), max_num_seqs=1)
     running = make_choice(max_tokens=50, max_seconds=0.4)
