@@ -88,12 +88,14 @@ def test_chat_keeps_the_conversation(engine, capsys, monkeypatch):
     assert "/exit" in err
 
 
-def test_chat_says_of_an_interrupted_answer_that_it_was_aborted(engine, capsys, monkeypatch):
+def test_chat_says_of_an_interrupted_answer_that_it_was_aborted(capsys, monkeypatch):
     def interrupt(stream):
         with stream:
             next(stream)
             raise KeyboardInterrupt
 
+    core = FakeCore(lambda choice: b"Par", step_seconds=0.001, pauses=True)  # not done before
+    monkeypatch.setattr(cli, "open_llm", lambda settings: LLM.from_engine(fake_engine(core)))
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
     monkeypatch.setattr(cli, "show", interrupt)
     assert cli.main(["chat", "--model", "m"]) == 0

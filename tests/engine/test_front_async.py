@@ -44,10 +44,16 @@ def test_concurrent_callers_get_what_llm_gives():
 def test_the_kinds_of_output_agree():
     params = SamplingParams(seed=4, max_tokens=12, n=2)
 
-    async def body(engine):
-        return [await collect(engine, "x", params, output_kind=kind) for kind in ("cumulative", "delta", "final")]
+    core = FakeCore(halts_after=1)  # until somebody has heard of that step
 
-    cumulative, deltas, final = run(body, FakeCore(step_seconds=0.03))
+    async def body(engine):
+        cumulative = []
+        async for output in engine.generate("x", params):
+            cumulative.append(output)
+            core.gate.set()
+        return cumulative, *[await collect(engine, "x", params, output_kind=kind) for kind in ("delta", "final")]
+
+    cumulative, deltas, final = run(body, core)
     assert len(final) == 1 and final[0].finished
     texts = [c.text for c in final[0].outputs]
     assert [c.text for c in cumulative[-1].outputs] == texts

@@ -1,6 +1,7 @@
 """The fronts on the real engine: a tiny random model, a byte tokenizer. What it says is noise, how it is served not."""
 
 import asyncio
+import itertools
 import json
 import pickle
 import signal
@@ -115,7 +116,16 @@ def test_closing_a_stream_and_ctrl_c_leave_the_engine_usable(llm):
     assert run(llm, "x", SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0].finish_reason == "length"
 
 
-def test_asyncio_callers_fail_and_are_cancelled_one_by_one(llm):
+def test_asyncio_callers_fail_and_are_cancelled_one_by_one(llm, monkeypatch):
+    core, num_fetched, cancelling = llm.engine.core, itertools.count(), threading.Event()
+    fetch = core.runner.fetch
+
+    def held(step):  # nobody is done before one is cancelled
+        assert next(num_fetched) < 3 or cancelling.wait(20)
+        return fetch(step)
+
+    monkeypatch.setattr(core.runner, "fetch", held)
+
     async def one(engine, prompt, params):
         return [o async for o in engine.generate(prompt, params)][-1].outputs[0].token_ids
 
@@ -125,8 +135,11 @@ def test_asyncio_callers_fail_and_are_cancelled_one_by_one(llm):
         cancelled = asyncio.create_task(one(engine, "c", LONG))
         good = [asyncio.create_task(one(engine, p, params)) for p in "abd"]
         bad = asyncio.create_task(one(engine, "", params))
-        await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            while len(core.callers) < 4:
+                await asyncio.sleep(0.001)
         cancelled.cancel()
+        cancelling.set()
         results = await asyncio.gather(*good, bad, cancelled, return_exceptions=True)
         engine._finalizer.detach()  # the engine is the LLM's
         return results
@@ -140,13 +153,15 @@ def test_asyncio_callers_fail_and_are_cancelled_one_by_one(llm):
 
 def test_a_dead_engine_tells_every_caller(llm, monkeypatch):
     """Last in the file: the engine is gone afterwards."""
-    stream = llm.stream("abc", LONG)
-    next(stream)
+    fetch, num_fetched = llm.engine.core.runner.fetch, itertools.count()
 
     def fail(step):
-        raise ValueError("device lost")
+        if next(num_fetched) == 6:
+            raise ValueError("device lost")
+        return fetch(step)
 
     monkeypatch.setattr(llm.engine.core.runner, "fetch", fail)
+    stream = llm.stream("abc", LONG)
     with pytest.raises(EngineDeadError, match="device lost"):
         list(stream)
     with pytest.raises(EngineDeadError, match="device lost"):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from core_world import FakeRunner, make_core
+from core_world import FakeRunner, make_core, until
 from fakes import fake_engine
 
 from jaxserve import LLM, AsyncEngine, SamplingParams
@@ -30,6 +30,14 @@ class Gate:
         assert self.go.wait(30)
 
 
+def hold(core: EngineCore) -> Gate:
+    """Keeps a core that isn't started from its first step: who asks meanwhile is in that step or waits."""
+    gate = Gate()
+    threading.Thread(target=core.call, args=(lambda scheduler: gate.wait(),), daemon=True).start()
+    until(lambda: bool(core._calls))
+    return gate
+
+
 def crowded_core(runner: FakeRunner | None = None, **settings: Any) -> EngineCore:
     """16 slots for 200 choices: most of them wait."""
     return make_core(runner, **{"max_num_seqs": 16, "max_num_batched_tokens": 64, "num_blocks": 200, **settings})
@@ -40,13 +48,13 @@ class Callers:
 
     Attributes:
         llm: the front that the threads share; the asyncio tasks have another, of the same engine.
-        ended: kind -> (outcome, time.monotonic()) of each caller, an exception or what it got.
+        ended: kind -> the outcome of each caller, an exception or what it got.
     """
 
     def __init__(self, core: EngineCore, **engine: Any) -> None:
         self.engine = fake_engine(core, **engine)
         self.llm = LLM.from_engine(self.engine)
-        self.ended: dict[str, list[tuple[Any, float]]] = {kind: [] for kind in KINDS}
+        self.ended: dict[str, list[Any]] = {kind: [] for kind in KINDS}
         self._core = core
         self._threads: list[threading.Thread] = []
 
@@ -68,10 +76,7 @@ class Callers:
         assert not any(thread.is_alive() for thread in self._threads), "somebody still waits"
 
     def outcomes(self, *kinds: str) -> list[Any]:
-        return [outcome for kind in kinds or KINDS for outcome, _ in self.ended[kind]]
-
-    def last_time(self) -> float:
-        return max(at for ends in self.ended.values() for _, at in ends)
+        return [outcome for kind in kinds or KINDS for outcome in self.ended[kind]]
 
     async def _tasks(self, params: SamplingParams) -> None:
         engine = AsyncEngine.from_engine(self.engine)
@@ -82,7 +87,7 @@ class Callers:
                 outcome: Any = [output async for output in engine.generate([7, 8, 9], params)][-1]
             except Exception as error:
                 outcome = error
-            self.ended["asyncio"].append((outcome, time.monotonic()))
+            self.ended["asyncio"].append(outcome)
 
         await asyncio.gather(*(one() for _ in range(70)))
 
@@ -92,7 +97,7 @@ class Callers:
                 outcome = action()
             except Exception as error:
                 outcome = error
-            self.ended[kind].append((outcome, time.monotonic()))
+            self.ended[kind].append(outcome)
 
         self._spawn_thread(run)
 

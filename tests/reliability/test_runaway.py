@@ -6,9 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from fakes import Clock
 from serving import GREEDY, K, generate, idle, ids, serve
 
 from jaxserve import ConfigError, EngineConfig, InvalidRequestError, SamplingParams
+from jaxserve.engine import core as core_module
+from jaxserve.engine import requests
 from jaxserve.engine.requests import RequestBuilder
 from jaxserve.sampling_params import RepetitionDetection
 from jaxserve.scheduler import Choice, Scheduler, SchedulerConfig, StepResult, stopping
@@ -39,10 +42,16 @@ def test_an_answer_without_a_limit_has_the_engines(engine, cases, monkeypatch):
 @pytest.mark.parametrize("where", ["request", "engine", "scheduler"])
 def test_a_wall_clock_ends_an_answer(engine, cases, monkeypatch, where):
     """Steps that take 40 ms; who is slower than the clock gets what there is, the others all of theirs."""
-    seconds = 0.6  # of the 1.1 that the answer would take; a busy machine needs some of them for the first token
+    clock, seconds = Clock(), 0.6  # of the 1.1 that the answer would take
+    for module in (core_module, requests):  # where answers are looked at, and where they are asked for
+        monkeypatch.setattr(module, "time", clock)
+
+    def before(plan):
+        clock.now += 0.04
+
     settings = {"max_seconds": seconds} if where == "scheduler" else {}
     with serve(engine, **settings) as llm:
-        llm.engine.core.runner.before = lambda plan: time.sleep(0.04)
+        llm.engine.core.runner.before = before
         if where == "engine":
             monkeypatch.setattr(llm, "_builder", builder_with(llm, max_seconds=seconds))
         slow = GREEDY.with_changes(num_speculative_tokens=0, max_seconds=seconds if where == "request" else 60.0)
