@@ -97,6 +97,11 @@ def letters(choice: Choice) -> list[int]:
     return [97 + byte % 26 for byte in data]
 
 
+def few_letters(choice: Choice) -> list[int]:
+    """Eight of them. A core that ``pauses`` has then said what it has to say, and a longer answer waits."""
+    return letters(choice)[:8]
+
+
 @dataclass
 class _Running:
     choice: Choice

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import pytest
-from fakes import EOS, FakeCore, fake_engine
+from fakes import EOS, FakeCore, fake_engine, few_letters
 
 from jaxserve import LLM, AsyncEngine, EngineDeadError, InvalidRequestError, SamplingParams
 
@@ -92,7 +92,7 @@ def test_a_bad_request_fails_alone():
 
 
 def test_abort_ends_the_iteration():
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore(few_letters, step_seconds=0.001, pauses=True)
 
     async def body(engine):
         task = asyncio.create_task(collect(engine, "x", SamplingParams(max_tokens=4000), "mine"))
@@ -129,7 +129,7 @@ def test_cancelling_a_task_aborts_its_request_and_no_other():
 
 
 def test_leaving_the_iteration_aborts():
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore(few_letters, step_seconds=0.001, pauses=True)
 
     async def body(engine):
         iterator = engine.generate("x", SamplingParams(max_tokens=4000))
@@ -158,7 +158,7 @@ def test_a_request_id_in_use_is_refused_and_free_afterwards():
 
 @pytest.mark.parametrize("silently", [False, True])
 def test_a_dead_engine_tells_every_caller(silently):
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore(few_letters, step_seconds=0.001, pauses=True)
 
     async def body(engine):
         tasks = [asyncio.create_task(collect(engine, p, SamplingParams(max_tokens=4000))) for p in "abc"]
@@ -175,7 +175,7 @@ def test_a_dead_engine_tells_every_caller(silently):
 
 
 def test_closing_tells_who_waits_and_who_comes_later_that_nothing_failed():
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore(few_letters, step_seconds=0.001, pauses=True)
 
     async def body(engine):
         waiting = asyncio.create_task(collect(engine, "x", SamplingParams(max_tokens=4000)))

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from core_world import until, when_waiting
-from fakes import EOS, ByteTokenizer, FakeCore, fake_engine, letters
+from fakes import EOS, ByteTokenizer, FakeCore, fake_engine, few_letters, letters
 
 from jaxserve import LLM, EngineDeadError, InvalidRequestError, SamplingParams
 
@@ -263,7 +263,7 @@ def test_a_stream_keeps_the_priority_of_its_params(make):
 
 
 def test_closing_a_stream_aborts_its_request_and_no_other(make):
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore(few_letters, step_seconds=0.001, pauses=True)
     llm = make(core, max_model_len=4096)
     with llm.stream("x", SamplingParams(max_tokens=4000)) as stream:
         next(stream)
@@ -315,7 +315,7 @@ def test_the_output_of_a_stream_says_that_the_engine_died(make):
 
 
 def test_dropping_a_stream_aborts_its_request(make):
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore(few_letters, step_seconds=0.001, pauses=True)
     stream = make(core, max_model_len=4096).stream("x", SamplingParams(max_tokens=4000))
     next(stream)
     del stream
@@ -352,7 +352,7 @@ def test_two_threads_get_their_own_outputs(make):
 
 @pytest.mark.parametrize("silently", [False, True])
 def test_a_dead_engine_tells_every_waiting_caller_and_every_later_one(make, silently):
-    core = FakeCore(step_seconds=0.001)
+    core = FakeCore(few_letters, step_seconds=0.001, pauses=True)
     llm = make(core, max_model_len=4096)
     raised = []
 
