@@ -208,11 +208,11 @@ class FakeCore:
             with self._changed:
                 if not self._stopping:
                     self._apply_finishes()
+                    num_steps += 1
+                    if num_steps == self.halts_after:  # before anybody hears of this step, who may set the gate
+                        self.gate.clear()
                     for running in list(self._running.values()):
                         self._step(running)
-                    num_steps += 1
-                    if num_steps == self.halts_after:
-                        self.gate.clear()
             self.heartbeat = time.monotonic()
 
     def _die(self) -> None:
