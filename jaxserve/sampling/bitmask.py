@@ -32,6 +32,15 @@ def unpack(
     return fit(flags, width)
 
 
+def holds(
+    words: jax.Array,  # uint32[M, W]
+    ids: jax.Array,  # int32[M, C]; what is said of negative ones means nothing
+) -> jax.Array:
+    """bool[M, C]: whether the row's set has the id."""
+    word = jnp.take_along_axis(words, ids // WORD, axis=1)
+    return ((word >> (ids % WORD).astype(jnp.uint32)) & 1) != 0
+
+
 def pack(
     flags: jax.Array,  # bool[..., W * 32]
 ) -> jax.Array:

@@ -7,9 +7,9 @@
 5. ``logit_bias``
 6. penalties: repetition (prompt and output), then frequency and presence (output)
 
-3 and 4 give way where they would leave nothing of what 2 allows: a bad word of several ids may end in the last id that
-is allowed, which nobody knows before the other ids are there. Bias and penalties leave an id at -inf there. A row whose
-settings are neutral passes through bit for bit.
+1 to 4 only put ids at -inf, where bias and penalties leave them; so they may be applied together. 3 and 4 give way
+where they would leave nothing of ``allowed_token_ids``: a bad word of several ids may end in the last id that is
+allowed, which nobody knows before the other ids are there. A row whose settings are neutral passes through bit for bit.
 """
 
 from __future__ import annotations
@@ -47,31 +47,37 @@ def process(
 ) -> jax.Array:
     """float32[M, Vp]: steps 2 (without grammar) to 6 of the module's docstring."""
     logits = apply_token_mask(logits, state.allowed[rows.slots])
-    logits = _forbid(logits, rows, state)
-    logits = _add(logits, state.bias_ids[rows.slots], state.bias_values[rows.slots])
+    logits = _add_listed(logits, rows, state)
     return _penalise(logits, rows, state)
 
 
-def _forbid(logits: jax.Array, rows: SampleRows, state: SamplingState) -> jax.Array:
-    """Bad words and stop ids at -inf, in the rows in which other ids are left."""
+def _add_listed(logits: jax.Array, rows: SampleRows, state: SamplingState) -> jax.Array:
+    """Bad words, stop ids and biases: short lists of ids, so one scatter-add; a mask adds -inf."""
     slots = rows.slots
     words = state.bad_words[slots]  # [M, Nw, Lw]
     prefix, last = words[:, :, :-1], words[:, :, -1]
     hit = jnp.all((prefix == NO_ID) | (prefix == rows.recent[:, None, :]), axis=-1)  # [M, Nw]
     too_short = state.prompt_len[slots] + rows.output_index < state.min_len[slots]  # [M]
     stops = jnp.where(too_short[:, None], state.stop_ids[slots], NO_ID)  # [M, Cs]
-    ids = jnp.concatenate([jnp.where(hit, last, NO_ID), stops], axis=1)
-    left = _add(logits, ids, jnp.full(ids.shape, -jnp.inf, logits.dtype))
-    return jnp.where(left.max(axis=1, keepdims=True) == -jnp.inf, logits, left)
-
-
-def _add(
-    logits: jax.Array,  # float32[M, Vp]
-    ids: jax.Array,  # int32[M, C]; NO_ID adds nothing
-    values: jax.Array,  # float32[M, C]
-) -> jax.Array:
+    forbidden = jnp.concatenate([jnp.where(hit, last, NO_ID), stops], axis=1)  # [M, Nw + Cs]
+    mask = jnp.where(_leaves_some(state.allowed[slots], forbidden), -jnp.inf, 0.0)  # [M]
+    ids = jnp.concatenate([forbidden, state.bias_ids[slots]], axis=1)
+    values = jnp.concatenate(
+        [jnp.broadcast_to(mask[:, None], forbidden.shape), state.bias_values[slots]], axis=1, dtype=logits.dtype
+    )
     ids = jnp.where(ids == NO_ID, logits.shape[1], ids)  # a negative index would count from the end
     return logits.at[jnp.arange(ids.shape[0])[:, None], ids].add(values, mode="drop")
+
+
+def _leaves_some(
+    allowed: jax.Array,  # uint32[M, W]
+    forbidden: jax.Array,  # int32[M, C], with NO_ID where there is none
+) -> jax.Array:
+    """bool[M]: whether some allowed id isn't forbidden; counted, as reading all logits of a row takes much longer."""
+    order = jnp.arange(forbidden.shape[1])
+    again = jnp.any((forbidden[:, :, None] == forbidden[:, None, :]) & (order < order[:, None]), axis=-1)  # [M, C]
+    counted = (forbidden != NO_ID) & ~again & bitmask.holds(allowed, forbidden)
+    return jnp.sum(counted, axis=1) < jnp.sum(jax.lax.population_count(allowed), axis=1, dtype=jnp.int32)
 
 
 def _penalise(logits: jax.Array, rows: SampleRows, state: SamplingState) -> jax.Array:

@@ -43,6 +43,8 @@ CASES = [
         [4],
         bad_words=[[4, 5]],
     ),
+    # 5 is forbidden twice, and 11 is left.
+    Case(SamplingParams(allowed_token_ids=[5, 11], presence_penalty=0.5), [1], [4], bad_words=[[4, 5], [5]]),
 ]
 
 
@@ -71,7 +73,7 @@ def run_cases(cases, logits, *, drafts=None, **options):
 def test_processors_equal_the_reference_at_every_position():
     K = 3
     drafts = np.array([[4, 5, 6], [8, 8, 1], [5, 5, 20], [11, 2, 9], [4, 4, 4]], np.int32)
-    drafts = np.concatenate([drafts, drafts[::-1], [[3, 4, 5]]])
+    drafts = np.concatenate([drafts, drafts[::-1], [[3, 4, 5], [11, 4, 5]]])
     tokens, lengths = history(CASES, 16, rubbish=4)
     state = state_of(CASES, V)
     logits = logits_for(len(CASES) * (K + 1))
@@ -178,7 +180,7 @@ def test_padding_batch_and_slots_change_nothing():
     logits = logits_for(len(CASES))
     alone = np.asarray(run_cases(CASES, logits)[0])
     # twice the slots in another order, a wider vocabulary of rubbish, padding rows among the real ones
-    slot_of = np.array([13, 4, 0, 17, 9, 2, 11, 19, 6, 15, 8])
+    slot_of = np.array([13, 4, 0, 17, 9, 2, 11, 19, 6, 15, 8, 1])
     filler = Case(SamplingParams(temperature=2.0, presence_penalty=-1.0), [8], [8, 8], seed=99)
     spread = [filler] * 20
     for case, slot in zip(CASES, slot_of, strict=True):
