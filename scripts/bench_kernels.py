@@ -49,6 +49,7 @@ class Case:
     head_dim: int = 128
     block_size: int = 64
     kv_dtype: str = "bfloat16"
+    idle_rows: int = 0  # of the bucket, with as many padding tokens
     baseline: tuple[int, int] | None = None  # batch and length of the cuDNN run; None = the copy
 
     def spec(self) -> AttentionSpec:
@@ -86,6 +87,8 @@ CASES = (
     Case("decode_1x32768", _decode(1, 32768), 0.70),
     Case("decode_16x512", _decode(16, 512), 0.50),
     Case("decode_ragged_128", _ragged(128, 100, 4096), 0.85),
+    Case("decode_143_of_256", _ragged(143, 600, 1600), 0.85, group=2, idle_rows=113),
+    Case("decode_short_and_long", _decode(192, 60) + _decode(64, 4096), 0.85, group=2),
     Case("decode_d64_64x4096", _decode(64, 4096), 0.80, head_dim=64),
     Case("decode_d256_64x4096", _decode(64, 4096), 0.80, head_dim=256),
     Case("decode_b128_64x4096", _decode(64, 4096), 0.92, block_size=128),
@@ -143,9 +146,10 @@ def cudnn_seconds(case: Case, repeats: int) -> float:
 def case_inputs(case: Case) -> tuple[jax.Array, list[KVPool], RaggedBatch]:
     """Random queries, enough pools, and the batch with a permuted block table."""
     spec, B = case.spec(), case.block_size
-    contexts, widths = (np.array(x, np.int32) for x in zip(*case.rows, strict=True))
+    rows = case.rows + ((0, 0),) * case.idle_rows
+    contexts, widths = (np.array(x, np.int32) for x in zip(*rows, strict=True))
     blocks = -(-contexts // B)
-    N, P, R, T = int(blocks.sum()) + 1, int(blocks.max()), len(case.rows), int(widths.sum())
+    N, P, R, T = int(blocks.sum()) + 1, int(blocks.max()), len(rows), int(widths.sum()) + case.idle_rows
     order = np.random.default_rng(0).permutation(N - 1).astype(np.int32) + 1
     table = np.zeros((R, P), np.int32)
     for r, first in enumerate(np.cumsum(blocks) - blocks):

@@ -1,5 +1,6 @@
 """Where a step's time goes: wall time, host time by phase, device busy time, graph updates, kernels by time. Of decode
-steps at several batch sizes, and of the way to the first token of one prompt.
+steps at several batch sizes, of the way to the first token of one prompt, and of requests that come at once with
+prompts and answers of many lengths (workload (a) of bench_throughput.py).
 
 Runs the engine's own scheduler and runner on this thread, first untraced (that is what the times are), then under the
 profiler with graphs left on (that is where device times and the number of graph updates come from).
@@ -16,7 +17,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build_engine
 from jaxserve.engine.core import EngineCore, next_plans, num_due
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.request import Choice
 
 PHASES = ("schedule", "dispatch", "wait", "commit")
@@ -42,6 +43,7 @@ class Loop:
         self.num_steps = 0
         self.in_flight: deque[tuple[Any, Any]] = deque()
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self.committed: StepPlan | None = None  # the newest
 
     def run(self, num_steps: int) -> None:
         """At least so many steps; a turn may make several."""
@@ -71,6 +73,7 @@ class Loop:
         self.scheduler.commit(plan, result)
         self.seconds["wait"].append(fetched - before)
         self.seconds["commit"].append(clock() - fetched)
+        self.committed = plan
 
     def fill(self, batch: int, prompt_len: int, max_tokens: int, rng: random.Random, params: dict[str, Any]) -> None:
         """Admits a batch and runs until all of it decodes."""
@@ -112,12 +115,16 @@ def report(events: list[dict[str, Any]], steps: int, kernels: int) -> dict[str, 
     on_device = sorted(
         (e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if "GPU" in e["process"] or "TPU" in e["process"]
     )
-    busy, end = 0.0, 0.0
+    busy, end, last = 0.0, 0.0, ""
+    gaps: collections.Counter[str] = collections.Counter()
     by_name: collections.Counter[str] = collections.Counter()
     count: collections.Counter[str] = collections.Counter()
     for start, stop, name in on_device:
         busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+        if last and start > end:
+            gaps[f"{last[:32]} .. {name[:32]}"] += start - end
+        if stop > end:
+            end, last = stop, name
         by_name[name] += stop - start
         count[name] += 1
     span = end - on_device[0][0] if on_device else 0.0
@@ -130,6 +137,8 @@ def report(events: list[dict[str, Any]], steps: int, kernels: int) -> dict[str, 
     print(f"  device busy {busy / steps:.0f} us a step, span {span / steps:.0f}, kernels {len(on_device) / steps:.0f}")
     for name, total in by_name.most_common(kernels):
         print(f"    {name[:70]:70s} x{count[name] / steps:6.1f} {total / steps:9.1f} us")
+    for name, total in gaps.most_common(6):
+        print(f"    idle: {name[:70]:72s} {total / steps:9.1f} us")
     for name, total in host.most_common():
         if "command_buffer::" in name or "raphLaunch" in name or "Execute (jit" in name:
             print(f"    host: {name[:64]:64s} x{host_count[name] / steps:6.1f} {total / steps:9.1f} us")
@@ -179,12 +188,76 @@ def profile_prefill(loop: Loop, prompt_len: int, rng: random.Random, args: argpa
     return {"ms": walls, **figures}
 
 
+def kind_of(plan: StepPlan | None) -> str:
+    """What a step computes, for grouping."""
+    if plan is None:
+        return "nothing"
+    num_rows = len(plan.slots)
+    if plan.num_tokens > num_rows:
+        return f"mixed, {plan.num_tokens // 1024}k tokens"
+    return f"decode, up to {1 << (num_rows - 1).bit_length():3d} rows"
+
+
+def profile_mixed(loop: Loop, num_requests: int, rng: random.Random, args: argparse.Namespace) -> dict[str, Any]:
+    """Requests that come at once, 100..1024 tokens in and out. Wall time by the kind of step that was waited for."""
+
+    def submit() -> None:
+        lengths = random.Random(0)
+        first = 1 + rng.randrange(1 << 40)
+        for number in range(num_requests):
+            ids = [rng.randrange(10_000) for _ in range(lengths.randint(100, 1024))]
+            settings = SamplingParams(
+                max_tokens=lengths.randint(100, 1024), temperature=args.temperature, ignore_eos=True, detokenize=False
+            )
+            loop.scheduler.add(
+                Choice(choice_id=first + number, request_id=str(first + number), prompt_token_ids=ids, params=settings)
+            )
+
+    loop.seconds = {phase: [] for phase in PHASES}
+    walls: dict[str, list[float]] = collections.defaultdict(list)
+    steps: collections.Counter[str] = collections.Counter()
+    submit()
+    begin = last = time.perf_counter()
+    while loop.scheduler.has_work or loop.in_flight:
+        num_waiting = len(loop.in_flight)
+        before = loop.num_steps
+        loop.step()
+        now = time.perf_counter()
+        kind = kind_of(loop.committed)
+        walls[kind].append(1e3 * (now - last))
+        steps[kind] += num_waiting + loop.num_steps - before - len(loop.in_flight)
+        last = now
+    total = last - begin
+    phases = {phase: sum(seconds) for phase, seconds in loop.seconds.items()}
+    print(
+        f"{num_requests} requests: {total:.3f} s; host: "
+        + ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in phases.items())
+    )
+    for kind, times in sorted(walls.items()):
+        each = sum(times) / max(steps[kind], 1)
+        print(f"  {kind}: {steps[kind]} steps in {len(times)} turns, {sum(times):.0f} ms, {each:.3f} a step")
+    loop.drain()
+    figures = {}
+    submit()
+    first = loop.num_steps
+    for num_done in (2, *args.mixed_windows):
+        loop.run(num_done - (loop.num_steps - first))
+        print(f"{num_requests} requests, {loop.scheduler.num_running} of them running after {num_done} steps")
+        before = loop.num_steps
+        events = trace(loop, lambda: loop.run(args.trace_steps), args.out / f"mixed_{num_done}")
+        figures[f"after {num_done} steps"] = report(events, loop.num_steps - before, args.kernels)
+    loop.drain()
+    return {"seconds": total, "host s": phases, **figures}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="configs/models/qwen3-0.6b.toml")
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 64, 256])
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--prefills", type=int, nargs="*", default=[1024], help="prompt lengths")
+    parser.add_argument("--mixed", type=int, default=0, help="requests that come at once, of many lengths; 0: not run")
+    parser.add_argument("--mixed-windows", type=int, nargs="*", default=[150, 500, 800], help="steps before each trace")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--trace-steps", type=int, default=10)
     parser.add_argument("--kernels", type=int, default=14)
@@ -196,6 +269,7 @@ def main() -> None:
     parser.add_argument("--attention-implementation", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--quantization")
+    parser.add_argument("--compilation-cache-dir")
     parser.add_argument("--out", type=Path, default=Path("trace"))
     args = parser.parse_args()
     # XLA runs kernel by kernel while a profiler listens, unless it is told not to.
@@ -212,6 +286,7 @@ def main() -> None:
         attention_implementation=args.attention_implementation,
         kv_cache_dtype=args.kv_cache_dtype,
         quantization=args.quantization,
+        compilation_cache_dir=args.compilation_cache_dir,
     )
     engine = build_engine(config, progress=False)
     print(json.dumps(engine.info, default=str))
@@ -222,8 +297,10 @@ def main() -> None:
         results[f"prefill {prompt_len}"] = profile_prefill(loop, prompt_len, rng, args)
     for batch in args.batches:
         results[f"decode {batch}"] = profile_decode(loop, batch, rng, args)
+    if args.mixed:
+        results["mixed"] = profile_mixed(loop, args.mixed, rng, args)
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -81,6 +81,7 @@ def attend_tuned(
         num_kv_heads=Hk,
         num_workers=decode_config.num_ctas,
         window=spec.sliding_window,
+        min_tile_units=decode_config.min_tile_units,
         short_only=with_prefill,
     )
     table = batch.block_table

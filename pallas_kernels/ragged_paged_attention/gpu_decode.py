@@ -1,8 +1,8 @@
 """Decode kernel for Hopper: rows with few query tokens, bound by the bandwidth of reading K and V.
 
 A tile is a ``[64, D]`` matrix of queries: ``tile_tokens`` tokens, each with the G heads of one KV head padded to
-``group_rows`` (8 or 16) rows. All (tile, KV head, unit of 64 keys) triples form one line that is cut into equal
-shares, one for each worker (gpu_plan.py); so the load is even whatever the lengths are, and long contexts split by
+``group_rows`` (8 or 16) rows. All (tile, KV head, unit of 64 keys) triples form one line that is cut into shares of
+equal cost, one for each worker (gpu_plan.py); so the load is even whatever the lengths are, and long contexts split by
 themselves. A worker that has the whole of a tile's keys writes its output; the others leave partial results, which
 gpu_combine.py joins.
 
@@ -17,6 +17,7 @@ bandwidth of an H100 that is a quarter of its tensor peak, and 4 stages keep 128
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ class DecodeConfig:
     """Tuning of the decode kernel; part of the compiled kernel's identity."""
 
     num_ctas: int = 132  # a CTA is a worker
+    min_tile_units: int = 4  # units of 64 keys that take as long as one, at a tile's start and end
     block_kv: int = 64  # keys of a step, a multiple of 64
     stages: int = 4  # K and V tiles of a step in flight
     raw_stages: int = 4  # fp8 only: K units (and as many V units) in flight, not yet widened
@@ -115,7 +117,7 @@ def decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Output [T, Hq, D] of the plan's tokens, and partial results [2C, 64, D] of tiles with several workers.
 
-    The output rows of tokens outside of the plan, and of split tiles, are not written.
+    Padding tokens get zeros. The output rows of other tokens outside of the plan, and of split tiles, are not written.
     """
     T, Hq, D = q.shape
     N, _, Hk, B, _ = values.shape
@@ -240,6 +242,21 @@ def decode(
 
         fetchers = [functools.partial(fetch_fp8, part) for part in (0, 1)] if fp8 else [fetch]
 
+        def zero_padding():
+            first = workers_ref[worker, plan.FIRST_PADDING]
+
+            @pl.when(first < T)
+            def _():
+                rows = Hq if Hq <= ROWS else math.gcd(Hq, ROWS)
+                o_smem[...] = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.bfloat16), plgpu.Layout.WGMMA)
+                plgpu.commit_smem()
+
+                @pl.loop(0, pl.cdiv(T - first, config.num_ctas))
+                def _(i):
+                    row = (first + i * config.num_ctas) * Hq
+                    for part in range(Hq // rows):
+                        plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, rows)], out_ref.at[pl.ds(row + part * rows, rows)])
+
         def compute(segment, tile, head, unit, num, step):
             num_tokens, first_pos = tiles_ref[tile, plan.NUM_TOKENS], tiles_ref[tile, plan.FIRST_POS]
             kv_len, tile_units = tiles_ref[tile, plan.KV_LEN], tiles_ref[tile, plan.NUM_UNITS]
@@ -336,6 +353,7 @@ def decode(
         @pl.when(wg == 0)
         def _compute():
             plgpu.set_max_registers(config.compute_registers, action="increase")
+            zero_padding()
             walk(compute)
             plgpu.wait_smem_to_gmem(0)
 

@@ -4,7 +4,7 @@ They depend on the batch and on the window only, so the layers of one step share
 Shape letters as in types.py; W is the static bound on the number of tiles, C the number of workers.
 
 A *tile* is up to ``tile_tokens`` consecutive query tokens of one row with all G heads of one KV head. A *unit* is 64
-key positions. Tokens past ``cu_q_lens[R]`` form one more row without keys, so that the kernels write zeros for them.
+key positions. Tokens past ``cu_q_lens[R]`` are in no tile: the decode kernel's workers write zeros for them.
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ MAX_SHORT = 8  # rows with at most this many query tokens go to the decode kerne
 
 # Columns of a tile's description.
 ROW, FIRST_TOKEN, NUM_TOKENS, FIRST_POS, FIRST_UNIT, NUM_UNITS, KV_LEN = range(7)
-# Columns of a worker's description.
-START_TILE, START_HEAD, START_UNIT, WORKER_UNITS = range(4)
+# Columns of a worker's description. It writes zeros for padding token FIRST_PADDING and every C-th after that.
+START_TILE, START_HEAD, START_UNIT, WORKER_UNITS, FIRST_PADDING = range(5)
 # Columns of a split tile's description. SPLIT_TOKENS is 0 for no tile; FIRST_SLOT says whether its first piece is its
 # worker's first (0) or last (1).
 SPLIT_TOKEN, SPLIT_TOKENS, SPLIT_HEAD, FIRST_WORKER, FIRST_SLOT, NUM_PIECES = range(6)
 
-# First position of rows without keys: every key position is later, so all of them are masked.
-_NO_POSITION = -(1 << 20)
 # Splitting a tile costs a pass over its partial results: not worth it for fewer units than this.
 _MIN_WORKER_UNITS = 4
 
 
 class DecodePlan(NamedTuple):
-    """Equal shares of all (tile, KV head, unit) triples, in that order, for C workers."""
+    """Shares of all (tile, KV head, unit) triples, in that order, that take C workers the same time."""
 
     tiles: jax.Array  # int32[W, 7]
-    workers: jax.Array  # int32[C, 4]
+    workers: jax.Array  # int32[C, 5]
     splits: jax.Array  # int32[C-1, 6], the tile that worker i+1 is the first to go on with
 
 
@@ -49,8 +47,8 @@ class PrefillPlan(NamedTuple):
 
 
 def max_decode_tiles(num_tokens: int, num_rows: int, tile_tokens: int, *, short_only: bool) -> int:
-    """Most tiles that any batch of T tokens in R rows (and the row of padding) can need."""
-    rows = min(num_rows + 1, num_tokens)
+    """Most tiles that any batch of T tokens in R rows can need."""
+    rows = min(num_rows, num_tokens)
     if short_only:
         return rows * -(-MAX_SHORT // tile_tokens)
     return rows + (num_tokens - rows) // tile_tokens
@@ -58,7 +56,7 @@ def max_decode_tiles(num_tokens: int, num_rows: int, tile_tokens: int, *, short_
 
 def max_prefill_tiles(num_tokens: int, num_rows: int, tile_tokens: int) -> int:
     """Most tiles of rows that are longer than MAX_SHORT."""
-    rows = min(num_rows + 1, num_tokens // (MAX_SHORT + 1))
+    rows = min(num_rows, num_tokens // (MAX_SHORT + 1))
     return max(1, rows + (num_tokens - rows) // tile_tokens)
 
 
@@ -70,43 +68,58 @@ def decode_plan(
     num_kv_heads: int,
     num_workers: int,
     window: int | None,
+    min_tile_units: int,
     short_only: bool,
 ) -> DecodePlan:
-    """Plan of the decode kernel; ``short_only`` leaves rows above MAX_SHORT tokens to the prefill kernel."""
+    """Plan of the decode kernel; ``short_only`` leaves rows above MAX_SHORT tokens to the prefill kernel.
+
+    A worker takes as long for a tile (of one head) of fewer than ``min_tile_units`` units as for one that has so many.
+    """
     num_tiles = max_decode_tiles(num_tokens, batch.context_lens.shape[0], tile_tokens, short_only=short_only)
-    widths = _widths(batch, num_tokens)
+    widths = jnp.diff(batch.cu_q_lens)
     if short_only:
         widths = jnp.where(widths <= MAX_SHORT, widths, 0)
-    tiles = _tiles(batch, num_tokens, widths, num_tiles, tile_tokens, window)
+    tiles = _tiles(batch, widths, num_tiles, tile_tokens, window)
 
+    # The line of all tiles and heads: a place is a unit, after the idle places of tiles with few units.
     units = tiles[:, NUM_UNITS]
-    units_after = jnp.cumsum(units)
-    total = units_after[-1] * num_kv_heads
+    places = jnp.where(units > 0, jnp.maximum(units, min_tile_units), 0)
+    places_after = jnp.cumsum(places)
+    total = places_after[-1] * num_kv_heads
     share = jnp.maximum(-(-total // num_workers), _MIN_WORKER_UNITS)
-    start = jnp.arange(num_workers) * share
-    tile = jnp.minimum(jnp.sum(units_after[None, :] * num_kv_heads <= start[:, None], axis=1), num_tiles - 1)
-    within = start - (units_after - units)[tile] * num_kv_heads
-    tile_units = jnp.maximum(units[tile], 1)
-    left = jnp.clip(total - start, 0, share)
-    head, unit = within // tile_units, within % tile_units
-    workers = jnp.stack([tile, head, unit, left], axis=1).astype(jnp.int32)
+    place = jnp.arange(num_workers + 1) * share
+    tile = jnp.minimum(jnp.sum(places_after[None, :] * num_kv_heads <= place[:, None], axis=1), num_tiles - 1)
+    tile_start = (places_after - places)[tile] * num_kv_heads
+    tile_units, tile_places = units[tile], jnp.maximum(places[tile], 1)
+    head, within = jnp.divmod(place - tile_start, tile_places)
+    unit = jnp.maximum(within - (tile_places - tile_units), 0)
+    units_after = jnp.cumsum(units)
+    before = (units_after - units)[tile] * num_kv_heads + head * tile_units + unit
+    before = jnp.where(place < total, before, units_after[-1] * num_kv_heads)
+    left = jnp.diff(before)
+    first_padding = batch.cu_q_lens[-1] + jnp.arange(num_workers)
+    workers = jnp.stack([tile[:-1], head[:-1], unit[:-1], left, first_padding], axis=1).astype(jnp.int32)
 
-    first = start - unit  # of the units of the tile and head that the worker begins with
-    first_worker = first // share
-    goes_on = (left > 0) & (unit > 0) & (first_worker == jnp.arange(num_workers) - 1)
+    # Of the tile and head that a worker begins with: where they begin and end, and who has the first and last unit.
+    tile_start = tile_start + head * tile_places
+    first_worker = (tile_start + tile_places - tile_units) // share
+    last_worker = (tile_start + tile_places - 1) // share
+    index = jnp.arange(num_workers + 1)
+    goes_on = (place < total) & (unit > 0) & (first_worker == index - 1)
     num_tokens_split = jnp.where(goes_on, tiles[tile, NUM_TOKENS], 0)
-    num_pieces = (first + tile_units - 1) // share - first_worker + 1
-    columns = [tiles[tile, FIRST_TOKEN], num_tokens_split, head, first_worker, first % share != 0, num_pieces]
-    splits = jnp.stack(columns, axis=1).astype(jnp.int32)[1:]
+    first_slot = first_worker * share < tile_start
+    num_pieces = last_worker - first_worker + 1
+    columns = [tiles[tile, FIRST_TOKEN], num_tokens_split, head, first_worker, first_slot, num_pieces]
+    splits = jnp.stack(columns, axis=1).astype(jnp.int32)[1:-1]
     return DecodePlan(tiles, workers, splits)
 
 
 def prefill_plan(batch: RaggedBatch, num_tokens: int, *, tile_tokens: int, window: int | None) -> PrefillPlan:
     """Plan of the prefill kernel: rows above MAX_SHORT tokens, the costliest tiles first."""
     num_tiles = max_prefill_tiles(num_tokens, batch.context_lens.shape[0], tile_tokens)
-    widths = _widths(batch, num_tokens)
+    widths = jnp.diff(batch.cu_q_lens)
     widths = jnp.where(widths > MAX_SHORT, widths, 0)
-    tiles = _tiles(batch, num_tokens, widths, num_tiles, tile_tokens, window)
+    tiles = _tiles(batch, widths, num_tiles, tile_tokens, window)
     cost = tiles[:, NUM_UNITS]
     index = jnp.arange(num_tiles)
     before = (cost[None, :] > cost[:, None]) | ((cost[None, :] == cost[:, None]) & (index[None, :] < index[:, None]))
@@ -114,15 +127,9 @@ def prefill_plan(batch: RaggedBatch, num_tokens: int, *, tile_tokens: int, windo
     return PrefillPlan(jnp.zeros_like(tiles).at[rank].set(tiles), jnp.sum(cost > 0)[None].astype(jnp.int32))
 
 
-def _widths(batch: RaggedBatch, num_tokens: int) -> jax.Array:  # int32[R+1]
-    """Query tokens of every row, then of the padding."""
-    return jnp.diff(batch.cu_q_lens, append=jnp.int32(num_tokens))
-
-
 def _tiles(
     batch: RaggedBatch,
-    num_tokens: int,
-    widths: jax.Array,  # int32[R+1], 0 = not in this list
+    widths: jax.Array,  # int32[R], 0 = not in this list
     num_tiles: int,
     tile_tokens: int,
     window: int | None,
@@ -132,27 +139,15 @@ def _tiles(
     row_tiles = -(-widths // tile_tokens)
     tiles_after = jnp.cumsum(row_tiles)
     index = jnp.arange(num_tiles)
-    row = jnp.minimum(jnp.sum(tiles_after[None, :] <= index[:, None], axis=1), num_rows)
+    row = jnp.minimum(jnp.sum(tiles_after[None, :] <= index[:, None], axis=1), num_rows - 1)
     live = index < tiles_after[-1]
 
-    width = widths[row]
+    width, kv_len = widths[row], batch.context_lens[row]
     offset = (index - (tiles_after - row_tiles)[row]) * tile_tokens
     num_q = jnp.where(live, jnp.minimum(width - offset, tile_tokens), 0)
-    has_keys = live & (row < num_rows)
-    kv_len = jnp.where(has_keys, batch.context_lens[jnp.minimum(row, num_rows - 1)], 0)
-    first_pos = jnp.where(has_keys, kv_len - width + offset, _NO_POSITION)
+    first_pos = kv_len - width + offset
     first_key = jnp.maximum(first_pos - window + 1, 0) if window is not None else jnp.zeros_like(first_pos)
-    first_unit = jnp.where(has_keys, first_key // UNIT, 0)
-    end_unit = jnp.where(has_keys, -(-(first_pos + num_q) // UNIT), 0)
-    # A tile without keys still takes one, wholly masked, unit: that is what writes its zeros.
-    num_units = jnp.where(live, jnp.maximum(end_unit - first_unit, 1), 0)
-    columns = [
-        jnp.minimum(row, num_rows - 1),
-        batch.cu_q_lens[row] + offset,
-        num_q,
-        first_pos,
-        first_unit,
-        num_units,
-        kv_len,
-    ]
+    first_unit = first_key // UNIT
+    num_units = jnp.where(live, -(-(first_pos + num_q) // UNIT) - first_unit, 0)
+    columns = [row, batch.cu_q_lens[row] + offset, num_q, first_pos, first_unit, num_units, kv_len]
     return jnp.stack(columns, axis=1).astype(jnp.int32)

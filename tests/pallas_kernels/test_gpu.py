@@ -103,6 +103,20 @@ class TestPallasGpu(AttentionContract):
         super().run([(300, 9), (70, 1), (64, 64), (9, 2)], self.spec())
         super().run([(300, 1), (70, 1), (64, 1), (1, 1)], self.spec())
 
+    @pytest.mark.parametrize("num_heads", [3, 8, 96])
+    def test_padding_tokens_get_zeros(self, num_heads: int) -> None:
+        """More of them than workers; also of more heads than a tile has rows."""
+        spec = self.spec(num_heads=num_heads, num_kv_heads=num_heads if num_heads < 8 else 8)
+        for rows in ([(70, 1), (300, 1)], [(70, 1), (300, 200)]):
+            used = sum(width for _, width in rows)
+            for num_rows in (len(rows), 512):  # with and without the prefill kernel
+                case = make_case(
+                    spec, [*rows, *[(0, 0)] * (num_rows - len(rows))], layout=self.kv_layout(spec), num_tokens=512
+                )
+                out = np.asarray(gpu.attend(case.q, case.pool, case.batch, spec).astype(jnp.float32))
+                np.testing.assert_array_equal(out[used:], 0.0)
+                assert np.abs(out[:used]).max() > 0
+
     @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
     @pytest.mark.parametrize("head_dim", gpu.HEAD_DIMS)
     def test_prefill_beside_decode(self, head_dim: int, kv_dtype: str) -> None:

@@ -14,7 +14,7 @@ from pallas_kernels.ragged_paged_attention.types import RaggedBatch
 
 NUM_KV_HEADS = 2
 NUM_WORKERS = 7
-_STATIC = ("num_tokens", "tile_tokens", "num_kv_heads", "num_workers", "window", "short_only")
+_STATIC = ("num_tokens", "tile_tokens", "num_kv_heads", "num_workers", "window", "min_tile_units", "short_only")
 decode_plan = jax.jit(plan.decode_plan, static_argnames=_STATIC)
 prefill_plan = jax.jit(plan.prefill_plan, static_argnames=("num_tokens", "tile_tokens", "window"))
 Rows = list[tuple[int, int]]  # (context length, width)
@@ -41,18 +41,18 @@ def batch_of(rows: Rows) -> RaggedBatch:
     return RaggedBatch(table, jnp.asarray(contexts), jnp.asarray(cu_q_lens, jnp.int32), none, none)
 
 
-def keys_of(rows: Rows, num_tokens: int, window: int | None) -> list[tuple[int, int]]:
-    """For each token: (first visible key, position), (0, -1) for padding."""
+def keys_of(rows: Rows, window: int | None) -> list[tuple[int, int]]:
+    """For each token of a row: (first visible key, position)."""
     keys = []
     for context, width in rows:
         for position in range(context - width, context):
             keys.append((0 if window is None else max(0, position - window + 1), position))
-    return keys + [(0, -1)] * (num_tokens - len(keys))
+    return keys
 
 
 def check_tiles(tiles: np.ndarray, rows: Rows, num_tokens: int, window: int | None, tile_tokens: int) -> np.ndarray:
     """Tiles hold the keys that their tokens need, and no token is in two; returns how often each token occurs."""
-    keys = keys_of(rows, num_tokens, window)
+    keys = keys_of(rows, window)
     seen = np.zeros(num_tokens, int)
     for tile in tiles[tiles[:, plan.NUM_UNITS] > 0]:
         first, num = tile[plan.FIRST_TOKEN], tile[plan.NUM_TOKENS]
@@ -62,27 +62,28 @@ def check_tiles(tiles: np.ndarray, rows: Rows, num_tokens: int, window: int | No
         for token in range(first, first + num):
             seen[token] += 1
             first_key, position = keys[token]
-            if position < 0:
-                assert tile[plan.KV_LEN] == 0 and tile[plan.FIRST_POS] + num <= 0
-            else:
-                assert tile[plan.FIRST_POS] + token - first == position
-                assert begin <= first_key and position < end
-                assert tile[plan.KV_LEN] == rows[tile[plan.ROW]][0]
+            assert tile[plan.FIRST_POS] + token - first == position
+            assert begin <= first_key and position < end
+            assert tile[plan.KV_LEN] == rows[tile[plan.ROW]][0]
     return seen
 
 
 def widths_of_tokens(rows: Rows, num_tokens: int) -> np.ndarray:
-    """For each token the width of its row; padding is a row."""
+    """For each token the width of its row; 0 for padding."""
     widths = [width for _, width in rows]
-    widths.append(num_tokens - sum(widths))
-    return np.repeat(widths, widths)
+    return np.append(np.repeat(widths, widths), np.zeros(num_tokens - sum(widths), int))
 
 
-@settings(max_examples=40, deadline=None)
-@given(case=rows_and_tokens(), window=st.sampled_from([None, 100]), tile_tokens=st.sampled_from([4, 8]))
+@settings(max_examples=60, deadline=None)
+@given(
+    case=rows_and_tokens(),
+    window=st.sampled_from([None, 100]),
+    tile_tokens=st.sampled_from([4, 8]),
+    min_tile_units=st.sampled_from([1, 3, 9]),
+)
 @pytest.mark.parametrize("short_only", [False, True])
 def test_decode_workers_share_every_unit_once(
-    short_only: bool, case: tuple[Rows, int], window: int | None, tile_tokens: int
+    short_only: bool, case: tuple[Rows, int], window: int | None, tile_tokens: int, min_tile_units: int
 ) -> None:
     rows, num_tokens = case
     work = decode_plan(
@@ -92,24 +93,24 @@ def test_decode_workers_share_every_unit_once(
         num_kv_heads=NUM_KV_HEADS,
         num_workers=NUM_WORKERS,
         window=window,
+        min_tile_units=min_tile_units,
         short_only=short_only,
     )
     tiles, workers, splits = (np.asarray(x) for x in work)
     seen = check_tiles(tiles, rows, num_tokens, window, tile_tokens)
-    mine = widths_of_tokens(rows, num_tokens) <= plan.MAX_SHORT if short_only else np.ones(num_tokens, bool)
-    np.testing.assert_array_equal(seen, mine)
+    widths = widths_of_tokens(rows, num_tokens)
+    np.testing.assert_array_equal(seen, (widths > 0) & ((widths <= plan.MAX_SHORT) | (not short_only)))
 
-    line = [
-        (t, head, unit)
-        for t, tile in enumerate(tiles)
-        for head in range(NUM_KV_HEADS)
-        for unit in range(tile[plan.NUM_UNITS])
-    ]
-    share = workers[:, plan.WORKER_UNITS].max()
-    assert NUM_WORKERS * share >= len(line)
+    # Places of a tile and head: its units, the last of them, and before them those that only take time.
+    line = []
+    for t, tile in enumerate(tiles):
+        num = tile[plan.NUM_UNITS]
+        for head in range(NUM_KV_HEADS if num else 0):
+            line += [None] * (min_tile_units - num) + [(t, head, unit) for unit in range(num)]
+    share = max(-(-len(line) // NUM_WORKERS), 4)
     pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of a tile and head: worker, its first piece or a later
     for w, worker in enumerate(workers):
-        units = line[w * share : (w + 1) * share]
+        units = [place for place in line[w * share : (w + 1) * share] if place is not None]
         assert worker[plan.WORKER_UNITS] == len(units)
         if units:
             assert tuple(worker[: plan.WORKER_UNITS]) == units[0]
@@ -160,8 +161,26 @@ def test_bounds_on_tiles_hold_for_the_worst_rows(num_tokens: int, num_rows: int)
             rows.append((width, width))
             left -= width
         rows += [(0, 0)] * (num_rows - len(rows))
-        needed = sum(-(-width // tile_tokens) for _, width in rows) + -(-left // tile_tokens)
+        needed = sum(-(-width // tile_tokens) for _, width in rows)
         assert plan.max_decode_tiles(num_tokens, num_rows, tile_tokens, short_only=False) >= needed
-        long = [width for width in [*(w for _, w in rows), left] if width > plan.MAX_SHORT]
+        long = [width for _, width in rows if width > plan.MAX_SHORT]
         needed = sum(-(-width // tile_tokens) for width in long)
         assert plan.max_prefill_tiles(num_tokens, num_rows, tile_tokens) >= needed
+
+
+def test_padding_tokens_are_zeroed_by_one_worker_each() -> None:
+    rows: Rows = [(5, 1), (0, 0), (90, 3), (0, 0), (0, 0)]
+    for num_tokens in (4, 5, 40):
+        work = decode_plan(
+            batch_of(rows),
+            num_tokens,
+            tile_tokens=8,
+            num_kv_heads=NUM_KV_HEADS,
+            num_workers=NUM_WORKERS,
+            window=None,
+            min_tile_units=2,
+            short_only=False,
+        )
+        first = np.asarray(work.workers)[:, plan.FIRST_PADDING]
+        zeroed = sorted(token for start in first for token in range(start, num_tokens, NUM_WORKERS))
+        assert zeroed == list(range(4, num_tokens))
