@@ -80,6 +80,8 @@ def attend_tuned(
         tile_tokens=gpu_decode.tile_tokens(spec),
         num_kv_heads=Hk,
         num_workers=decode_config.num_ctas,
+        num_blocks=pool.values.shape[0],
+        block_size=spec.block_size,
         window=spec.sliding_window,
         min_tile_units=decode_config.min_tile_units,
         short_only=with_prefill,

@@ -36,6 +36,7 @@ from pallas_kernels.ragged_paged_attention.gpu_tile import (
     mma_dtype,
     new_accumulator,
     online_softmax,
+    place_rows,
     queries,
     rows_of,
     smem_tile,
@@ -200,10 +201,26 @@ def decode(
                 # Past the tile's tokens come those of the next request, or zeros: nobody reads their results.
                 plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first_row + i * Hq, G)], q_raw.at[pl.ds(i * PG, G)], q_full)
 
+        # The first steps' places stand beside the worker: their copies start before a tile or the table is read.
+        num_ahead = min(stages, plan.NUM_PLACES // units)
+
+        def first_place(n):
+            place = workers_ref[worker, plan.FIRST_PLACE + n]
+            return place_rows(place, values.shape, workers_ref[worker, plan.START_HEAD])
+
+        def fetch_first():
+            for step in range(num_ahead):
+
+                @pl.when(step * units < workers_ref[worker, plan.FIRST_UNITS])
+                def _(step=step):
+                    buffers = [[ref.at[step] for ref in refs] for refs in kv_buffers]
+                    fetch_step(kv_ref, [first_place(step * units + u) for u in range(units)], Hk, False, buffers)
+
         def fetch(segment, tile, head, unit, num, step):
             fetch_q(segment, tile, head)
+            num_steps = pl.cdiv(num, units)
 
-            @pl.loop(0, pl.cdiv(num, units))
+            @pl.loop(jnp.where(segment == 0, jnp.minimum(num_ahead, num_steps), 0), num_steps)
             def _(j):
                 slot = lax.rem(step + j, jnp.int32(stages))
                 # The last step's units past the segment's last one repeat it: masked, but finite.
@@ -362,6 +379,8 @@ def decode(
             @pl.when(wg == i + 1)
             def _memory(fetcher=fetcher):
                 plgpu.set_max_registers(config.memory_registers, action="decrease")
+                if not fp8:
+                    fetch_first()
                 walk(fetcher)
 
     out, part, lse = plgpu.kernel(

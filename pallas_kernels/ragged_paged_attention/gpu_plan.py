@@ -9,10 +9,11 @@ key positions. Tokens past ``cu_q_lens[R]`` are in no tile: the decode kernel's 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.ragged_paged_attention.types import RaggedBatch
 
@@ -21,8 +22,11 @@ MAX_SHORT = 8  # rows with at most this many query tokens go to the decode kerne
 
 # Columns of a tile's description.
 ROW, FIRST_TOKEN, NUM_TOKENS, FIRST_POS, FIRST_UNIT, NUM_UNITS, KV_LEN = range(7)
-# Columns of a worker's description. It writes zeros for padding token FIRST_PADDING and every C-th after that.
-START_TILE, START_HEAD, START_UNIT, WORKER_UNITS, FIRST_PADDING = range(5)
+# Columns of a worker's description. It writes zeros for padding token FIRST_PADDING and every C-th after that. What it
+# fetches first is said beside it, since reads that wait for each other are much of a small batch's time: how many units
+# it has of the tile that it starts with, and the places (see unit_place) of the first NUM_PLACES of them.
+START_TILE, START_HEAD, START_UNIT, WORKER_UNITS, FIRST_PADDING, FIRST_UNITS, FIRST_PLACE = range(7)
+NUM_PLACES = 8
 # Columns of a split tile's description. SPLIT_TOKENS is 0 for no tile; FIRST_SLOT says whether its first piece is its
 # worker's first (0) or last (1).
 SPLIT_TOKEN, SPLIT_TOKENS, SPLIT_HEAD, FIRST_WORKER, FIRST_SLOT, NUM_PIECES = range(6)
@@ -35,7 +39,7 @@ class DecodePlan(NamedTuple):
     """Shares of all (tile, KV head, unit) triples, in that order, that take C workers the same time."""
 
     tiles: jax.Array  # int32[W, 7]
-    workers: jax.Array  # int32[C, 5]
+    workers: jax.Array  # int32[C, 6 + NUM_PLACES]
     splits: jax.Array  # int32[C-1, 6], the tile that worker i+1 is the first to go on with
 
 
@@ -67,6 +71,8 @@ def decode_plan(
     tile_tokens: int,
     num_kv_heads: int,
     num_workers: int,
+    num_blocks: int,
+    block_size: int,
     window: int | None,
     min_tile_units: int,
     short_only: bool,
@@ -81,37 +87,57 @@ def decode_plan(
         widths = jnp.where(widths <= MAX_SHORT, widths, 0)
     tiles = _tiles(batch, widths, num_tiles, tile_tokens, window)
 
-    # The line of all tiles and heads: a place is a unit, after the idle places of tiles with few units.
+    # The line of all tiles and heads. A place is for a unit, after the idle places of a tile with few units.
     units = tiles[:, NUM_UNITS]
     places = jnp.where(units > 0, jnp.maximum(units, min_tile_units), 0)
     places_after = jnp.cumsum(places)
     total = places_after[-1] * num_kv_heads
     share = jnp.maximum(-(-total // num_workers), _MIN_WORKER_UNITS)
-    place = jnp.arange(num_workers + 1) * share
-    tile = jnp.minimum(jnp.sum(places_after[None, :] * num_kv_heads <= place[:, None], axis=1), num_tiles - 1)
+    start = jnp.arange(num_workers + 1) * share
+    tile = jnp.minimum(jnp.sum(places_after[None, :] * num_kv_heads <= start[:, None], axis=1), num_tiles - 1)
     tile_start = (places_after - places)[tile] * num_kv_heads
     tile_units, tile_places = units[tile], jnp.maximum(places[tile], 1)
-    head, within = jnp.divmod(place - tile_start, tile_places)
+    head, within = jnp.divmod(start - tile_start, tile_places)
     unit = jnp.maximum(within - (tile_places - tile_units), 0)
     units_after = jnp.cumsum(units)
     before = (units_after - units)[tile] * num_kv_heads + head * tile_units + unit
-    before = jnp.where(place < total, before, units_after[-1] * num_kv_heads)
+    before = jnp.where(start < total, before, units_after[-1] * num_kv_heads)
     left = jnp.diff(before)
     first_padding = batch.cu_q_lens[-1] + jnp.arange(num_workers)
-    workers = jnp.stack([tile[:-1], head[:-1], unit[:-1], left, first_padding], axis=1).astype(jnp.int32)
+    first_units = jnp.minimum((tile_units - unit)[:-1], left)
+    ahead = jnp.clip(first_units[:, None] - 1, 0, jnp.arange(NUM_PLACES))
+    first_tile = tiles[tile[:-1]]
+    units_ahead = first_tile[:, FIRST_UNIT, None] + unit[:-1, None] + ahead
+    place = unit_place(batch.block_table, first_tile[:, ROW, None], units_ahead, num_blocks, block_size)
+    workers = jnp.stack([tile[:-1], head[:-1], unit[:-1], left, first_padding, first_units], axis=1)
+    workers = jnp.concatenate([workers, place], axis=1).astype(jnp.int32)
 
     # Of the tile and head that a worker begins with: where they begin and end, and who has the first and last unit.
     tile_start = tile_start + head * tile_places
     first_worker = (tile_start + tile_places - tile_units) // share
     last_worker = (tile_start + tile_places - 1) // share
     index = jnp.arange(num_workers + 1)
-    goes_on = (place < total) & (unit > 0) & (first_worker == index - 1)
+    goes_on = (start < total) & (unit > 0) & (first_worker == index - 1)
     num_tokens_split = jnp.where(goes_on, tiles[tile, NUM_TOKENS], 0)
     first_slot = first_worker * share < tile_start
     num_pieces = last_worker - first_worker + 1
     columns = [tiles[tile, FIRST_TOKEN], num_tokens_split, head, first_worker, first_slot, num_pieces]
     splits = jnp.stack(columns, axis=1).astype(jnp.int32)[1:-1]
     return DecodePlan(tiles, workers, splits)
+
+
+def unit_place(
+    block_table: Any,  # int32[R, P], array or ref
+    row: jax.Array,  # int32[...]
+    unit: jax.Array,  # int32[...], of the row
+    num_blocks: int,
+    block_size: int,
+) -> jax.Array:  # int32[...]
+    """Where a unit is in the pool: its block times the units of a block, plus the unit in that block."""
+    per_block = block_size // UNIT
+    column = jnp.minimum(lax.div(unit, jnp.int32(per_block)), block_table.shape[1] - 1)
+    block = jnp.clip(block_table[row, column], 0, num_blocks - 1)
+    return block * per_block + lax.rem(unit, jnp.int32(per_block))
 
 
 def prefill_plan(batch: RaggedBatch, num_tokens: int, *, tile_tokens: int, window: int | None) -> PrefillPlan:

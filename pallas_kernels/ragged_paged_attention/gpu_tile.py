@@ -91,19 +91,28 @@ def unit_rows(
     head: jax.Array,
     unit: jax.Array,  # of the tile
 ) -> tuple[jax.Array, jax.Array]:
-    """Where K of a unit is in [N * 2 * Hk, B, D] (V: Hk further), and its first row in that block."""
-    N, _, Hk, B, _ = kv_shape
+    """Where K of a unit is: see place_rows."""
     unit = tiles_ref[tile, plan.FIRST_UNIT] + unit
-    column = jnp.minimum(lax.div(unit, jnp.int32(B // plan.UNIT)), table_ref.shape[1] - 1)
-    block = jnp.clip(table_ref[tiles_ref[tile, plan.ROW], column], 0, N - 1)
-    return block * (2 * Hk) + head, lax.rem(unit, jnp.int32(B // plan.UNIT)) * plan.UNIT
+    place = plan.unit_place(table_ref, tiles_ref[tile, plan.ROW], unit, kv_shape[0], kv_shape[3])
+    return place_rows(place, kv_shape, head)
+
+
+def place_rows(
+    place: jax.Array,  # int32[], see plan.unit_place
+    kv_shape: tuple[int, ...],  # [N, 2, Hk, B, D]
+    head: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Index of K of a unit in [N * 2 * Hk, B, D] (V: Hk further), and its first row in that block."""
+    _, _, Hk, B, _ = kv_shape
+    per_block = jnp.int32(B // plan.UNIT)
+    return lax.div(place, per_block) * (2 * Hk) + head, lax.rem(place, per_block) * plan.UNIT
 
 
 def fetch_step(
     kv_ref: Any,  # ref [N * 2 * Hk, B, D]
     places: list[tuple[jax.Array, jax.Array]],  # of the step's units: see unit_rows
     num_kv_heads: int,
-    reuses: jax.Array,  # whether an earlier step had these buffers
+    reuses: jax.Array | bool,  # whether an earlier step had these buffers
     buffers: Any,  # of K, then V: (ref [units * 64, D], the barrier of its arrival, the barrier of its release)
 ) -> None:
     """Starts the copies of a step's keys and values, as soon as their buffers are free."""

@@ -14,7 +14,11 @@ from pallas_kernels.ragged_paged_attention.types import RaggedBatch
 
 NUM_KV_HEADS = 2
 NUM_WORKERS = 7
-_STATIC = ("num_tokens", "tile_tokens", "num_kv_heads", "num_workers", "window", "min_tile_units", "short_only")
+NUM_BLOCKS = 50
+BLOCK_SIZE = 2 * plan.UNIT
+TABLE = np.random.default_rng(0).permutation(5 * 13).reshape(5, 13).astype(np.int32) % NUM_BLOCKS
+_SIZES = ("num_tokens", "tile_tokens", "num_kv_heads", "num_workers", "num_blocks", "block_size")
+_STATIC = (*_SIZES, "window", "min_tile_units", "short_only")
 decode_plan = jax.jit(plan.decode_plan, static_argnames=_STATIC)
 prefill_plan = jax.jit(plan.prefill_plan, static_argnames=("num_tokens", "tile_tokens", "window"))
 Rows = list[tuple[int, int]]  # (context length, width)
@@ -36,9 +40,8 @@ def rows_and_tokens(draw: st.DrawFn) -> tuple[Rows, int]:
 def batch_of(rows: Rows) -> RaggedBatch:
     contexts, widths = (np.array(x, np.int32) for x in zip(*rows, strict=True))
     none = jnp.zeros(0, jnp.int32)
-    table = jnp.zeros((len(rows), 1), jnp.int32)
     cu_q_lens = np.concatenate([[0], np.cumsum(widths)])
-    return RaggedBatch(table, jnp.asarray(contexts), jnp.asarray(cu_q_lens, jnp.int32), none, none)
+    return RaggedBatch(jnp.asarray(TABLE), jnp.asarray(contexts), jnp.asarray(cu_q_lens, jnp.int32), none, none)
 
 
 def keys_of(rows: Rows, window: int | None) -> list[tuple[int, int]]:
@@ -92,6 +95,8 @@ def test_decode_workers_share_every_unit_once(
         tile_tokens=tile_tokens,
         num_kv_heads=NUM_KV_HEADS,
         num_workers=NUM_WORKERS,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
         window=window,
         min_tile_units=min_tile_units,
         short_only=short_only,
@@ -114,6 +119,12 @@ def test_decode_workers_share_every_unit_once(
         assert worker[plan.WORKER_UNITS] == len(units)
         if units:
             assert tuple(worker[: plan.WORKER_UNITS]) == units[0]
+            first = [unit for t, head, unit in units if (t, head) == units[0][:2]]
+            assert worker[plan.FIRST_UNITS] == len(first)
+            for place, unit in zip(worker[plan.FIRST_PLACE :], first, strict=False):
+                tile = tiles[units[0][0]]
+                block, within = divmod(tile[plan.FIRST_UNIT] + unit, 2)
+                assert place == TABLE[tile[plan.ROW], block] * 2 + within
         for t, head in dict.fromkeys(unit[:2] for unit in units):
             pieces.setdefault((t, head), []).append((w, int((t, head) != units[0][:2])))
     check_splits(splits, tiles, {where: of for where, of in pieces.items() if len(of) > 1})
@@ -177,6 +188,8 @@ def test_padding_tokens_are_zeroed_by_one_worker_each() -> None:
             tile_tokens=8,
             num_kv_heads=NUM_KV_HEADS,
             num_workers=NUM_WORKERS,
+            num_blocks=NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
             window=None,
             min_tile_units=2,
             short_only=False,
