@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -24,6 +25,10 @@ from pallas_kernels.ragged_paged_attention.types import KVPool
 ADMISSION_ROWS = 8  # admissions in one upload
 PROMPT_SCORE_TOKENS = 256  # prompt tokens that one call scores
 _NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 30}  # kernels of a graph, at least
+# While a Triton product of 64 rows is loaded that has run, each launch on an H100 takes 0.36 us more: 0.12 ms a step.
+# cuBLAS is slower for 8 rows, 6% slower for 64, and faster from 128 rows on: see docs/performance.md.
+_CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+_FEWEST_CUBLAS_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Compiler:
         args = (params, kv, self.slots, self.scratch)
         # A mixed step takes the device longer than launching its kernels one by one takes the host, and the first of
         # them runs while the others are launched; a graph is launched after it was recorded.
-        options = self._no_graphs if num_tokens > num_rows else None
+        options = self._no_graphs if num_tokens > num_rows else self._decode_options(num_tokens)
         return Task(f"forward_{num_tokens}x{num_rows}", run, args, (1, 3), out, options)
 
     def burst(self, key: BurstKey) -> Task:
@@ -109,7 +114,7 @@ class Compiler:
         args = (params, heads, kv, self.slots, self.scratch, packets)
         out = (self._pools(kv), self._whole(self.slots), self._whole(self.scratch), self._sharding(WHOLE))
         name = f"burst_{key.tier.name.lower()}_{key.num_tokens}x{key.num_rows}"
-        return Task(name, run, args, (2, 3, 4), out)
+        return Task(name, run, args, (2, 3, 4), out, self._decode_options(key.num_tokens))
 
     def sample(self, key: SampleKey) -> Task:
         run = functools.partial(
@@ -170,6 +175,13 @@ class Compiler:
         would be recorded anew each time, which takes longer than to launch its few kernels.
         """
         return _NO_GRAPHS if self._platform == "gpu" else None
+
+    def _decode_options(self, num_tokens: int) -> Mapping[str, Any] | None:
+        """Options for XLA:GPU's products of so many rows; none where they unpack weights, which cuBLAS doesn't."""
+        is_packed = any(jnp.dtype(leaf.dtype).itemsize < 2 for leaf in jax.tree.leaves(self.params))
+        if self._platform != "gpu" or num_tokens < _FEWEST_CUBLAS_ROWS or is_packed:
+            return None
+        return _CUBLAS
 
     @property
     def _platform(self) -> str:

@@ -1,8 +1,11 @@
 """What a runner compiles goes with it."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxserve.config import EngineConfig
@@ -37,7 +40,8 @@ def test_an_engine_that_is_gone_leaves_no_compiled_code():
     assert num_mappings() - before < 50
 
 
-def test_what_would_be_recorded_in_each_step_of_a_gpu_is_compiled_without_graphs(monkeypatch):
+def test_options_of_a_gpu(monkeypatch):
+    """What would be recorded in each step has no graphs; products of many rows go to cuBLAS."""
     compiler = build_engine(SMALL, progress=False).core.runner.compiler()
     buckets = compiler.config.token_buckets
     assert all(compiler.forward(*bucket).options is None for bucket in buckets)
@@ -50,3 +54,6 @@ def test_what_would_be_recorded_in_each_step_of_a_gpu_is_compiled_without_graphs
     small = [compiler.stage(), compiler.admit(), *(compiler.sample(key) for key in sample_keys(compiler.config))]
     assert all(task.options for task in small)
     assert compiler.burst(BurstKey(Tier.PLAIN, 1, 1, 2)).options is None
+    assert compiler.burst(BurstKey(Tier.PLAIN, 64, 64, 2)).options == {"xla_gpu_enable_triton_gemm": False}
+    packed = replace(compiler, params=jax.eval_shape(lambda: jnp.zeros(2, jnp.int8)))  # a product unpacks it
+    assert packed._decode_options(64) is None
