@@ -87,18 +87,18 @@ def decode_plan(
         widths = jnp.where(widths <= MAX_SHORT, widths, 0)
     tiles = _tiles(batch, widths, num_tiles, tile_tokens, window)
 
-    # The line of all tiles and heads. A place is for a unit, after the idle places of a tile with few units.
+    # The line of all tiles and heads, as long as they take: a tile of few units begins with time for none.
     units = tiles[:, NUM_UNITS]
-    places = jnp.where(units > 0, jnp.maximum(units, min_tile_units), 0)
-    places_after = jnp.cumsum(places)
-    total = places_after[-1] * num_kv_heads
+    cost = jnp.where(units > 0, jnp.maximum(units, min_tile_units), 0)
+    cost_after = jnp.cumsum(cost)
+    total = cost_after[-1] * num_kv_heads
     share = jnp.maximum(-(-total // num_workers), _MIN_WORKER_UNITS)
     start = jnp.arange(num_workers + 1) * share
-    tile = jnp.minimum(jnp.sum(places_after[None, :] * num_kv_heads <= start[:, None], axis=1), num_tiles - 1)
-    tile_start = (places_after - places)[tile] * num_kv_heads
-    tile_units, tile_places = units[tile], jnp.maximum(places[tile], 1)
-    head, within = jnp.divmod(start - tile_start, tile_places)
-    unit = jnp.maximum(within - (tile_places - tile_units), 0)
+    tile = jnp.minimum(jnp.sum(cost_after[None, :] * num_kv_heads <= start[:, None], axis=1), num_tiles - 1)
+    tile_start = (cost_after - cost)[tile] * num_kv_heads
+    tile_units, tile_cost = units[tile], jnp.maximum(cost[tile], 1)
+    head, within = jnp.divmod(start - tile_start, tile_cost)
+    unit = jnp.maximum(within - (tile_cost - tile_units), 0)
     units_after = jnp.cumsum(units)
     before = (units_after - units)[tile] * num_kv_heads + head * tile_units + unit
     before = jnp.where(start < total, before, units_after[-1] * num_kv_heads)
@@ -113,9 +113,9 @@ def decode_plan(
     workers = jnp.concatenate([workers, place], axis=1).astype(jnp.int32)
 
     # Of the tile and head that a worker begins with: where they begin and end, and who has the first and last unit.
-    tile_start = tile_start + head * tile_places
-    first_worker = (tile_start + tile_places - tile_units) // share
-    last_worker = (tile_start + tile_places - 1) // share
+    tile_start = tile_start + head * tile_cost
+    first_worker = (tile_start + tile_cost - tile_units) // share
+    last_worker = (tile_start + tile_cost - 1) // share
     index = jnp.arange(num_workers + 1)
     goes_on = (start < total) & (unit > 0) & (first_worker == index - 1)
     num_tokens_split = jnp.where(goes_on, tiles[tile, NUM_TOKENS], 0)

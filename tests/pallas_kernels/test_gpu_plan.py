@@ -106,7 +106,7 @@ def test_decode_workers_share_every_unit_once(
     widths = widths_of_tokens(rows, num_tokens)
     np.testing.assert_array_equal(seen, (widths > 0) & ((widths <= plan.MAX_SHORT) | (not short_only)))
 
-    # Places of a tile and head: its units, the last of them, and before them those that only take time.
+    # A tile and head: first what only takes time, then its units.
     line = []
     for t, tile in enumerate(tiles):
         num = tile[plan.NUM_UNITS]
@@ -115,7 +115,7 @@ def test_decode_workers_share_every_unit_once(
     share = max(-(-len(line) // NUM_WORKERS), 4)
     pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of a tile and head: worker, its first piece or a later
     for w, worker in enumerate(workers):
-        units = [place for place in line[w * share : (w + 1) * share] if place is not None]
+        units = [unit for unit in line[w * share : (w + 1) * share] if unit is not None]
         assert worker[plan.WORKER_UNITS] == len(units)
         if units:
             assert tuple(worker[: plan.WORKER_UNITS]) == units[0]
