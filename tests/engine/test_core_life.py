@@ -1,5 +1,6 @@
 """The core's life: aborts at every phase, many threads, deaths that everybody hears of, hangs, shutdown."""
 
+import gc
 import threading
 import time
 
@@ -69,6 +70,18 @@ def test_an_exception_in_a_step_reaches_every_caller(where):
     core.shutdown()
     core.shutdown()
     assert all(sinks[i % 3].terminal(c) for i, c in enumerate(choices))
+
+
+def test_collections_leave_out_what_existed_at_the_start_until_the_shutdown():
+    core = make_core()
+    old = {}
+    old["old"] = old  # a cycle
+    core.start()
+    assert gc.get_freeze_count() > 10_000
+    assert not any(thing is old for thing in gc.get_objects())
+    core.shutdown()
+    assert gc.get_freeze_count() == 0
+    assert any(thing is old for thing in gc.get_objects())
 
 
 def test_a_sink_that_raises_kills_the_engine_and_the_others_hear_of_it():
