@@ -77,14 +77,27 @@ class Reference:
         index: int = 0,
         bad_words: list[list[int]] | None = None,
     ) -> tuple[list[int], float]:
-        """The output for ``params``, one token at a time, and the smallest lead that a token had over the second.
+        """The output for ``params``, one token at a time, and the smallest lead that a token had over the second."""
+        output, leads = self.leads(prompt, params, eos=eos, index=index, bad_words=bad_words)
+        return output, min(leads, default=np.inf)
+
+    def leads(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        eos: tuple[int, ...] = (2,),
+        index: int = 0,
+        bad_words: list[list[int]] | None = None,
+    ) -> tuple[list[int], list[float]]:
+        """The output for ``params``, and each token's lead over the second.
 
         Ends like the engine: at a stop id or EOS (once ``min_tokens`` allow it), or at ``max_tokens``.
         """
         case = Case(params, prompt, [], bad_words or [], eos, params.seed or 0, index)
         stops = {*(() if params.ignore_eos else eos), *(params.stop_token_ids or ())}
         output: list[int] = []
-        lead = np.inf
+        leads: list[float] = []
         while len(output) < (params.max_tokens or 0):
             scores = processed(self.logits(prompt + output)[-1], case, output)
             if params.temperature > 0:
@@ -96,8 +109,8 @@ class Reference:
                 kept[keep] = scores[keep] + params.temperature * noise[keep]
                 scores = kept
             second, first = np.sort(scores)[-2:]
-            lead = min(lead, float(first - second))
+            leads.append(float(first - second))
             output.append(int(scores.argmax()))
             if output[-1] in stops and len(output) >= params.min_tokens:
                 break
-        return output, lead
+        return output, leads

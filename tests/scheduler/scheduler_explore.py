@@ -173,10 +173,10 @@ def explore(setting: Setting, max_states: int = 10**9, drain_every: int = 40) ->
                 base = pickle.loads(frozen)
             for move, argument in list(moves(base, setting.interrupts)):
                 world = pickle.loads(frozen)
-                before = world.scheduler.stats.num_preemptions
+                before, planned = world.scheduler.stats.num_preemptions, world.num_schedules
                 play(world, move, argument)
                 tally.num_moves += 1
-                tally.num_schedules += move == "dispatch"
+                tally.num_schedules += world.num_schedules - planned
                 tally.num_preemptions += world.scheduler.stats.num_preemptions - before
                 key = state_key(world)
                 if key not in seen:

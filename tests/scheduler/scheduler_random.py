@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from scheduler_world import VOCAB_SIZE, Pick, World
+from scheduler_world import VOCAB_SIZE, HashModel, Pick, World
 
 from jaxserve.sampling_params import RepetitionDetection, SamplingParams
 from jaxserve.scheduler import AdaptiveDrafts, SchedulerConfig
@@ -100,8 +100,8 @@ def random_move(world: World, rng: random.Random, kinds: tuple[str, ...]) -> Non
 def random_schedule(seed: int, length: int = 60) -> World:
     """A whole life: random moves, then everything runs to its end."""
     rng = random.Random(seed)
-    world = World(random_config(rng))
-    kinds = ("add",) * 4 + ("dispatch",) * 12 + ("commit",) * 9 + ("abort", "preempt", "evict")
+    world = World(random_config(rng), HashModel(loop=rng.choice([0, 0, 0, 2, 3])))
+    kinds = ("add",) * 4 + ("dispatch",) * 12 + ("commit",) * 9 + ("abort", "preempt", "evict", "expire")
     for _ in range(length):
         random_move(world, rng, kinds)
     world.drain(random_pick(rng))

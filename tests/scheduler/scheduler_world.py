@@ -263,8 +263,8 @@ class World:
         if self.config.drafting == "host":
             self._propose(pick)
         plan = self.scheduler.schedule()
-        self.num_schedules += 1
         if plan is not None:
+            self.num_schedules += 1
             self.steps.append((plan, self.device.execute(plan, pick)))
         self.check()
         return plan is not None

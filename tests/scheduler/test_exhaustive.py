@@ -50,7 +50,7 @@ def test_two_choices_with_aborts_and_preemptions(setting):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 def test_everything(block_size):
-    """939 settings each, bounded by 500 states a setting, which few of them have."""
+    """939 settings each, bounded by 500 states a setting, which about a quarter of them reach."""
     settings = boundary_settings(range(4, 21), range(5), (block_size,), (0, 1, 2))
     assert len(settings) == 939
     tally = sweep(settings, 500)
