@@ -220,9 +220,6 @@ def measure(case: Case, copy: float, repeats: int) -> dict[str, Any]:
 
 def plot(results: list[dict[str, Any]], copy: float, path: str) -> None:
     """Roofline: TFLOP/s over FLOP per byte of K and V, below the copy bandwidth and cuDNN's best rate."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib isn't installed: no plot")
-        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -244,9 +241,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", help="parts of case names; default: all")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--plot", default="roofline.png")
+    parser.add_argument("--plot", default="roofline.png", help="a PNG; empty: none")
     parser.add_argument("--json", help="also write the JSON there")
     arguments = parser.parse_args()
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("a plot needs matplotlib: pip install '.[bench]', or --plot '' for none")
     chosen = [c for c in CASES if not arguments.cases or any(part in c.name for part in arguments.cases)]
     copy = copy_bandwidth(arguments.repeats)
     print(f"copy {copy / 1e12:.3f} TB/s on {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
@@ -261,7 +260,8 @@ def main() -> None:
             f"  compile {r['compile_s']:.1f} s",
             flush=True,
         )
-    plot(results, copy, arguments.plot)
+    if arguments.plot:
+        plot(results, copy, arguments.plot)
     report = {"device": jax.devices()[0].device_kind, "copy_tb_per_s": copy / 1e12, "results": results}
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report))

@@ -42,6 +42,7 @@ from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_params
 from jaxserve.weights.quantize import abstract_params, bytes_on_a_device
 from jaxserve.weights.tokenizer import eos_token_ids, load_tokenizer
+from pallas_kernels.ragged_paged_attention.api import Selection
 
 logger = logging.getLogger("jaxserve")
 
@@ -142,8 +143,15 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         limits=config.limits,
         info=describe(config, checkpoint, eos, mesh, selection, memory, executables, seconds),
     )
-    logger.info("%s; %s", selection.explanation, memory.describe()["kv cache"])
+    _tell_choice(selection, config.attention_implementation, platform)
+    logger.info("KV cache: %s", memory.describe()["kv cache"])
     return engine
+
+
+def _tell_choice(selection: Selection, requested: str, platform: str) -> None:
+    """Who runs attention: a warning where the platform has a kernel of its own that refused."""
+    fell_back = requested == "auto" and selection.implementation == "xla" and platform != "cpu"
+    logger.log(logging.WARNING if fell_back else logging.INFO, selection.explanation)
 
 
 def _share_of_memory(config: EngineConfig) -> None:

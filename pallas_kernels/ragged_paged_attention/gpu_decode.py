@@ -54,7 +54,7 @@ class DecodeConfig:
     """Tuning of the decode kernel; part of the compiled kernel's identity."""
 
     num_ctas: int = 132  # a CTA is a worker
-    min_tile_units: int = 4  # units of 64 keys that take as long as one, at a tile's start and end
+    min_tile_units: int = 4  # a tile of fewer units of 64 keys takes as long as one of so many
     block_kv: int = 64  # keys of a step, a multiple of 64
     stages: int = 4  # K and V tiles of a step in flight
     raw_stages: int = 4  # fp8 only: K units (and as many V units) in flight, not yet widened
@@ -116,7 +116,8 @@ def decode(
     config: DecodeConfig,
     sinks: jax.Array | None,  # float32[Hq]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output [T, Hq, D] of the plan's tokens, and partial results [2C, 64, D] of tiles with several workers.
+    """Output [T, Hq, D] of the plan's tokens; of tiles with several workers, partial results and the log2 of their sums
+    of exponentials, the same in each column: float32[2C, 64, D] both.
 
     Padding tokens get zeros. The output rows of other tokens outside of the plan, and of split tiles, are not written.
     """

@@ -1,7 +1,7 @@
 """Writes this step's keys and values into the pool: an XLA scatter, in place under donation.
 
-Shape letters: see types.py. XLA compiles the scatter in place (no copy of the pool) on CPU, GPU and TPU; it moves
-little more than the new rows.
+Shape letters: see types.py. XLA compiles the scatter in place (no copy of the pool) on GPU and CPU, but for fp8 on
+CPU, which it widens; it moves little more than the new rows. On TPU it copies the pool: tpu_write.py is for that.
 """
 
 from __future__ import annotations

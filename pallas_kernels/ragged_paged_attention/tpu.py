@@ -3,8 +3,8 @@
 It was compiled ahead of time and simulated; no TPU has run it yet.
 
 One kernel serves decode, verify and prefill. Its unit of work is a *tile*: ``BQ`` consecutive query tokens of one
-row, all heads. A step makes two calls, one for the rows of at most ``BQ`` = 1 token (8 where drafts are verified) and
-one for the longer rows with larger tiles; the second writes into the output of the first. Inside a call, one program
+row, all heads. A step makes two calls, one for the rows of at most ``BQ`` = 1 token (8 where T > R) and one for the
+longer rows with larger tiles; the second writes into the output of the first. Inside a call, one program
 per TensorCore walks over its tiles and, for each, over *chunks* of ``C`` keys::
 
     tile k:  table(k+2) -> SMEM    q(k+1) -> VMEM                     o(k) -> HBM (waited for at k+2)

@@ -11,6 +11,8 @@ from tiny_engines import GOLDEN, GREEDY, SMALL, generate, ids
 from jaxserve import LLM, InvalidRequestError, SamplingParams
 from jaxserve.engine import build
 from jaxserve.errors import CheckpointError, ConfigError, KVCacheTooSmallError, TokenizerError, UnsupportedModelError
+from pallas_kernels.ragged_paged_attention.api import select_implementation
+from pallas_kernels.ragged_paged_attention.types import AttentionSpec
 
 PROMPT = [72, 101, 108, 108, 111]
 BAD_REQUESTS = {  # name: (prompt, settings, what the message holds)
@@ -100,6 +102,21 @@ def model(tmp_path, byte_tokenizer_path):
 def refused(model, kind, message, **settings):
     with pytest.raises(kind, match=message):
         LLM(str(model), **{**SMALL, **settings})
+
+
+@pytest.mark.parametrize(
+    "platform, requested, level", [("cpu", "auto", "INFO"), ("gpu", "auto", "WARNING"), ("gpu", "xla", "INFO")]
+)
+def test_a_refused_kernel_is_told_once(caplog, platform, requested, level):
+    """A warning only where the platform has a kernel of its own that somebody might have counted on."""
+    spec = AttentionSpec(4, 2, 96, 64, "bfloat16", "bfloat16", 0.1)
+    with caplog.at_level("INFO", logger="jaxserve"):
+        build._tell_choice(select_implementation(spec, platform, requested, "9.0"), requested, platform)
+    assert [(record.levelname, "attention runs on xla" in record.message) for record in caplog.records] == [
+        (level, True)
+    ]
+    if level == "WARNING":
+        assert "not pallas_gpu: head_dim is 96" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def make_case(
     num_tokens: int | None = None,  # T; None = no padding tokens
     table_width: int | None = None,  # P; None = as wide as the longest row needs
     num_blocks: int | None = None,  # N; None = what the rows need and three spare ones
+    with_scales: bool = True,  # fp8 only; without them they count as 1.0
     seed: int = 0,
 ) -> Case:
     """A batch of ``rows`` whose pool holds random keys and values for exactly the tokens that count."""
@@ -77,7 +78,7 @@ def make_case(
     scales = None
     if spec.kv_dtype == "int8":
         scales = np.full(scales_shape, np.nan, np.float32)
-    elif scales_shape is not None:
+    elif scales_shape is not None and with_scales:
         scales = rng.uniform(0.5, 2.0, scales_shape).astype(np.float32)
     # Unused entries: outside the pool on both sides, or a poisoned block.
     spare = [-7, N, 2**30, *free[:3]]
@@ -132,9 +133,9 @@ def _quantise(
         stored = np.rint(kv / scale[..., None]).astype(np.int8)
         return stored, scale, stored.astype(np.float64) * scale.astype(np.float64)[..., None]
     if spec.kv_dtype == "float8_e4m3fn":
-        assert scales is not None
-        stored = (kv / scales[None, :, :, None]).astype(ml_dtypes.float8_e4m3fn)
-        return stored, None, stored.astype(np.float64) * scales[None, :, :, None]
+        factor = 1.0 if scales is None else scales[None, :, :, None]
+        stored = (kv / factor).astype(ml_dtypes.float8_e4m3fn)
+        return stored, None, stored.astype(np.float64) * factor
     stored = kv.astype(jnp.dtype(spec.kv_dtype))
     return stored, None, stored.astype(np.float64)
 
@@ -254,6 +255,12 @@ class AttentionContract:
     def test_every_feature_on_every_mix(self, feature: str, mix: str) -> None:
         spec = self.spec(**FEATURES[feature])
         self.run(row_mixes(spec.block_size)[mix], spec)
+
+    @pytest.mark.parametrize("mix", ["decode", "mixed"])
+    def test_fp8_without_scales(self, mix: str) -> None:
+        """As the engine's pools are."""
+        spec = self.spec(**FEATURES["fp8"])
+        self.run(row_mixes(spec.block_size)[mix], spec, with_scales=False)
 
     def test_padding_of_tokens_rows_and_table_changes_nothing(self) -> None:
         spec = self.spec()

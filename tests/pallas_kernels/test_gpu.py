@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels: what they refuse (anywhere), and the contract of every implementation (on a Hopper GPU).
 
-Mosaic's interpreter runs no wgmma with operands in registers, which both kernels use: numbers need the hardware.
+Mosaic's interpreter runs no wgmma with operands in registers, which the decode and the prefill kernel use: their
+numbers need the hardware. The combination of partial results runs in it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import AttentionContract, make_case, make_spec
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention import gpu, gpu_decode, gpu_prefill
+from pallas_kernels.ragged_paged_attention import gpu, gpu_combine, gpu_decode, gpu_plan, gpu_prefill
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
 
 BASE: dict[str, object] = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "block_size": 64, "head_dim": 64}
@@ -72,6 +75,51 @@ def test_registers_of_a_block_suffice() -> None:
             assert asked <= warpgroups * (65536 // (warpgroups * 128) // 8 * 8)
 
 
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(4, 128), (18, 64)])
+def test_the_combination_in_the_interpreter(num_heads: int, head_dim: int) -> None:
+    """Pieces of tiles that several workers share, some of several tokens, against the sum by its definition."""
+    spec = make_spec(**{**BASE, "num_heads": num_heads, "num_kv_heads": 2, "head_dim": head_dim})
+    contexts, widths = [700, 130, 1, 3000], [1, 3, 1, 1]
+    none = jnp.zeros(0, jnp.int32)
+    table = jnp.zeros((4, 47), jnp.int32)
+    cu_q_lens = jnp.asarray(np.concatenate([[0], np.cumsum(widths)]), jnp.int32)
+    batch = RaggedBatch(table, jnp.asarray(contexts, jnp.int32), cu_q_lens, none, none)
+    T, TQ, PG, C = sum(widths), gpu_decode.tile_tokens(spec), gpu_decode.group_rows(spec), 20
+    work = gpu_plan.decode_plan(
+        batch, T, tile_tokens=TQ, num_kv_heads=2, num_workers=C, num_blocks=64, block_size=64, window=None,
+        min_tile_units=1, short_only=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    part = rng.standard_normal((2 * C, 64, head_dim)).astype(np.float32)
+    lse = np.repeat(rng.uniform(-9, 9, (2 * C, 64, 1)).astype(np.float32), head_dim, axis=2)
+    untouched = rng.standard_normal((T * num_heads, head_dim)).astype(jnp.bfloat16)
+
+    @jax.jit
+    def run(out: jax.Array) -> jax.Array:
+        ref = jax.new_ref(out)
+        gpu_combine.combine(
+            ref, jnp.asarray(part), jnp.asarray(lse), work,
+            num_heads=num_heads, num_kv_heads=2, group_rows=PG, tile_tokens=TQ,
+        )  # fmt: skip
+        return jax.freeze(ref)
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = np.asarray(run(jnp.asarray(untouched)).astype(jnp.float32))
+    assert not gpu_callbacks.get_races().races_found
+    want, G = untouched.astype(np.float32), num_heads // 2
+    splits = np.asarray(work.splits)
+    splits = splits[splits[:, gpu_plan.SPLIT_TOKENS] > 0]
+    assert len(splits) > 3 and splits[:, gpu_plan.NUM_PIECES].max() > 5
+    for first_token, num_tokens, head, worker, slot, num_pieces in splits:
+        pieces = [2 * worker + slot] + [2 * (worker + i) for i in range(1, num_pieces)]
+        weights = np.exp2(lse[pieces] - lse[pieces].max(axis=0))
+        joined = (weights * part[pieces]).sum(axis=0) / weights.sum(axis=0)  # [64, D]
+        for i in range(num_tokens):
+            row = (first_token + i) * num_heads + head * G
+            want[row : row + G] = joined[i * PG : i * PG + G]
+    np.testing.assert_allclose(got, want, atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.gpu
 class TestPallasGpu(AttentionContract):
     base = BASE
@@ -122,6 +170,14 @@ class TestPallasGpu(AttentionContract):
     def test_prefill_beside_decode(self, head_dim: int, kv_dtype: str) -> None:
         rows = [(1000, 1000), (700, 300), (65, 1), (400, 20), (90, 9), (5, 5), (0, 0), (300, 127), (4000, 1)]
         self.run(rows, self.spec(head_dim=head_dim, kv_dtype=kv_dtype, num_heads=8, scale=head_dim**-0.5))
+
+    @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
+    @pytest.mark.parametrize("head_dim", gpu.HEAD_DIMS)
+    def test_blocks_of_128(self, head_dim: int, kv_dtype: str) -> None:
+        """Two units a block: split contexts, short rows beside a prefill, and a batch of the decode kernel alone."""
+        spec = self.spec(head_dim=head_dim, kv_dtype=kv_dtype, block_size=128)
+        self.run([(1000, 1000), (700, 300), (65, 1), (129, 20), (127, 9), (5, 5), (0, 0), (4000, 1)], spec)
+        self.run([(4099, 1), (128, 1), (129, 1), (64, 1), (1, 1), (0, 0), (2050, 1)], spec)
 
     @pytest.mark.parametrize("window", [1, 100, 700])
     @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)

@@ -57,6 +57,14 @@ class TestTpuSample:
         spec = self.impl.spec(**FEATURES[feature], num_heads=3)
         self.impl.run([(9, 1), (131, 73), (32, 4), (0, 0), (192, 1), (33, 9)], spec)
 
+    @pytest.mark.parametrize("block_size", [64, 128, 256])
+    def test_larger_blocks(self, block_size: int) -> None:
+        B = block_size
+        self.impl.run([(B + 1, 1), (1, 1), (2 * B, 1)], self.impl.spec(block_size=B))
+
+    def test_group_of_16(self) -> None:
+        self.impl.run([(70, 2), (3, 3)], self.impl.spec(num_heads=16))
+
     def test_two_heads_of_256_and_a_few_tokens(self) -> None:
         spec = self.impl.spec(head_dim=256, num_heads=2, num_kv_heads=2)
         self.impl.run([(70, 2), (3, 3)], spec)
