@@ -80,3 +80,30 @@ def test_drafts_come_back():
 
 def test_switched_off_means_always_k():
     assert decode(lambda step: 0, None) == [4] * 39
+
+
+def test_a_wide_batch_loses_its_drafts_until_rows_leave():
+    """Sixteen rows leave no room for drafts below a width of 16; each that ends makes some."""
+    rule = AdaptiveDrafts(token_cost=0.0, compute_bound_tokens=16)
+    config = SchedulerConfig(
+        max_num_seqs=16,
+        max_model_len=64,
+        max_num_batched_tokens=256,
+        block_size=8,
+        num_blocks=160,
+        max_drafts=4,
+        adaptive_drafts=rule,
+    )
+    world = World(config, HashModel(eos_every=0))
+    for number in range(16):
+        world.add([1, 2, 1 + number % 5], SamplingParams(max_tokens=50 if number < 2 else 3 + number, ignore_eos=True))
+    found = {}
+    while world.scheduler.has_work:
+        world.dispatch(lambda most: (most, most))
+        plan = world.steps[0][0]
+        if (plan.widths - plan.num_drafts == 1).all():
+            found.setdefault(len(plan.slots), set()).add(int(plan.num_drafts.max()))
+        world.commit()
+    assert found[16] == {0} and max(found) == 16
+    assert all(num_rows * (1 + max(drafts)) <= 16 for num_rows, drafts in found.items())
+    assert max(found[2]) == 4
