@@ -54,6 +54,8 @@ def test_options_of_a_gpu(monkeypatch):
     small = [compiler.stage(), compiler.admit(), *(compiler.sample(key) for key in sample_keys(compiler.config))]
     assert all(task.options for task in small)
     assert compiler.burst(BurstKey(Tier.PLAIN, 1, 1, 2)).options is None
-    assert compiler.burst(BurstKey(Tier.PLAIN, 64, 64, 2)).options == {"xla_gpu_enable_triton_gemm": False}
+    wide = compiler.burst(BurstKey(Tier.PLAIN, 64, 64, 2)).options
+    assert wide == {"xla_gpu_enable_triton_gemm": False}
+    jax.jit(lambda x: x).lower(1.0).compile(wide)
     packed = replace(compiler, params=jax.eval_shape(lambda: jnp.zeros(2, jnp.int8)))  # a product unpacks it
     assert packed._decode_options(64) is None
