@@ -51,16 +51,16 @@ ROWS = 64  # of a tile: M of one wgmma
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tuning of the decode kernel; part of the compiled kernel's identity."""
+    """Tuning of the decode kernel, as gpu_tuning.json has it; part of the compiled kernel's identity."""
 
-    num_ctas: int = 132  # a CTA is a worker
-    min_tile_units: int = 4  # a tile of fewer units of 64 keys takes as long as one of so many
-    block_kv: int = 64  # keys of a step, a multiple of 64
-    stages: int = 4  # K and V tiles of a step in flight
-    raw_stages: int = 4  # fp8 only: K units (and as many V units) in flight, not yet widened
+    num_ctas: int  # a CTA is a worker
+    min_tile_units: int  # a tile of fewer units of 64 keys takes as long as one of so many
+    block_kv: int  # keys of a step, a multiple of 64
+    stages: int  # K and V tiles of a step in flight
     # For a thread. A CTA gets 65536 // threads for each at its start: a sum above that never starts.
-    compute_registers: int = 208
-    memory_registers: int = 40
+    compute_registers: int
+    memory_registers: int
+    raw_stages: int = 0  # fp8 only: K units (and as many V units) in flight, not yet widened
 
 
 def group_rows(spec: AttentionSpec) -> int:

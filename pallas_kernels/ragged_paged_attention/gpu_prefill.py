@@ -42,12 +42,14 @@ WG_ROWS = 64  # of a computing warpgroup
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Tuning of the prefill kernel; part of the compiled kernel's identity."""
+    """Tuning of the prefill kernel, as gpu_tuning.json has it; part of the compiled kernel's identity."""
 
-    num_ctas: int = 132
-    block_kv: int = 128  # keys of a step, a multiple of 64
-    stages: int = 2
-    raw_stages: int = 2  # fp8 only: K or V units in flight, not yet widened
+    num_ctas: int
+    block_kv: int  # keys of a step, a multiple of 64
+    stages: int
+    compute_registers: int  # see DecodeConfig
+    memory_registers: int
+    raw_stages: int = 0  # fp8 only: K or V units in flight, not yet widened
 
 
 def tile_tokens(spec: AttentionSpec) -> int:
@@ -304,12 +306,12 @@ def prefill(
         # A CTA of 384 threads starts with 168 registers for each: 504 for the three roles.
         @pl.when(wg == 2)
         def _memory():
-            plgpu.set_max_registers(88 if fp8 else 40, action="decrease")
+            plgpu.set_max_registers(config.memory_registers, action="decrease")
             for_each_item(fetch_fp8 if fp8 else fetch)
 
         @pl.when(wg < 2)
         def _compute():
-            plgpu.set_max_registers(208 if fp8 else 232, action="increase")
+            plgpu.set_max_registers(config.compute_registers, action="increase")
             pl.when(wg == 1)(take_turn)
             for_each_item(compute)
             pl.when(wg == 0)(take_turn)
