@@ -8,7 +8,12 @@ rows of a segment are consecutive query tokens, so each segment is touched once:
     bytes of a segment = 2 (read and write) * 2 Hk * 32 Ds + 2 Hk Ds e a token
 
 Llama-3.1-8B: 132 KiB a decoded token, 1.6% of what attention then reads at a context of 2,048 in bf16, 3% in 8 bits.
-Segments are double-buffered: segment e+1 is read and segment e-1 written while e is changed.
+Segments are double-buffered: segment e+1 is read and segment e-1 written while e is changed. Nothing is computed but
+selections.
+
+VMEM: two old segments, two changed ones, two sets of new rows, and one segment of rows and values in float32 each:
+512 Hk Ds bytes in float32, 640 in bfloat16, 1024 in 8 bits. For Llama-3.1-8B that is 640 KiB, and 1 MiB with 8-bit KV.
+SMEM: 16 bytes a token.
 
 Shape letters: see types.py. S rows of a segment, e bytes an element of the new rows.
 """
