@@ -72,7 +72,11 @@ def plan_blocks(
     override: int | None,
     kv_bytes: int | None,
 ) -> MemoryPlan:
-    """The number of blocks: an explicit number, else what an explicit size holds, else what is left of the limit."""
+    """The number of blocks: an explicit number, else what an explicit size holds, else what is left of the limit.
+
+    What is left is rounded down, by less than 1%: it differs a little from start to start, and another number of blocks
+    is another set of executables, none of which would be in the cache.
+    """
     reserve = 0 if limit is None else GRAPH_RESERVE_BYTES
     if override is not None:
         num_blocks, source = override, "num_gpu_blocks_override"
@@ -81,7 +85,9 @@ def plan_blocks(
     elif limit is None:
         num_blocks, source = CPU_KV_BYTES // block, f"the default of {readable(CPU_KV_BYTES)}"
     else:
-        num_blocks, source = (limit - params - state - temp - reserve) // block, "the memory that is left"
+        left = (limit - params - state - temp - reserve) // block
+        spare_bits = max(0, left.bit_length() - 8)
+        num_blocks, source = left >> spare_bits << spare_bits, "the memory that is left"
     return MemoryPlan(limit, params, state, temp, reserve, block, num_blocks, source)
 
 

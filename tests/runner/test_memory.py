@@ -40,6 +40,17 @@ def test_room_for_temporaries_is_what_was_measured_and_a_part_of_the_reserve():
     assert plan_blocks(limit=None, temp=0, **settings).most_temp is None
 
 
+def test_a_little_memory_more_or_less_leaves_the_number_of_blocks():
+    """Of which a start finds its executables in the cache; less than 1% is given up for that."""
+    settings = {"state": 0, "temp": 0, "override": None, "kv_bytes": None, "limit": 70 * GIB}
+    blocks = {plan_blocks(params=GIB + n * (4 << 20), block=7 << 20, **settings).num_blocks for n in range(4)}
+    (num_blocks,) = blocks
+    most = (69 * GIB - GRAPH_RESERVE_BYTES) // (7 << 20)
+    assert 0.99 * most < num_blocks <= most
+    few = [plan_blocks(params=70 * GIB - GRAPH_RESERVE_BYTES - n, block=1, **settings).num_blocks for n in range(256)]
+    assert few == list(range(256))
+
+
 def test_bursts_without_room_are_left_out_and_said(caplog):
     def compiled(size):
         return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(temp_size_in_bytes=size))
