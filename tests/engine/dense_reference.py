@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,17 +69,12 @@ class Reference:
         top = logits.max(axis=1, keepdims=True)
         return logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
 
-    def follow(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        *,
-        eos: tuple[int, ...] = (2,),
-        index: int = 0,
-        bad_words: list[list[int]] | None = None,
-    ) -> tuple[list[int], float]:
-        """The output for ``params``, one token at a time, and the smallest lead that a token had over the second."""
-        output, leads = self.leads(prompt, params, eos=eos, index=index, bad_words=bad_words)
+    def follow(self, prompt: list[int], params: SamplingParams, **case: Any) -> tuple[list[int], float]:
+        """The output for ``params``, one token at a time, and the smallest lead that a token had over the second.
+
+        ``case``: further arguments of ``leads``.
+        """
+        output, leads = self.leads(prompt, params, **case)
         return output, min(leads, default=np.inf)
 
     def leads(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,13 @@ def batch_of(rows: Rows) -> RaggedBatch:
     none = jnp.zeros(0, jnp.int32)
     cu_q_lens = np.concatenate([[0], np.cumsum(widths)])
     return RaggedBatch(jnp.asarray(TABLE), jnp.asarray(contexts), jnp.asarray(cu_q_lens, jnp.int32), none, none)
+
+
+def plan_of(rows: Rows, num_tokens: int, **settings: Any) -> plan.DecodePlan:
+    pool = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE}
+    return decode_plan(
+        batch_of(rows), num_tokens, num_kv_heads=NUM_KV_HEADS, num_workers=NUM_WORKERS, **pool, **settings
+    )
 
 
 def keys_of(rows: Rows, window: int | None) -> list[tuple[int, int]]:
@@ -89,14 +98,10 @@ def test_decode_workers_share_every_unit_once(
     short_only: bool, case: tuple[Rows, int], window: int | None, tile_tokens: int, min_tile_units: int
 ) -> None:
     rows, num_tokens = case
-    work = decode_plan(
-        batch_of(rows),
+    work = plan_of(
+        rows,
         num_tokens,
         tile_tokens=tile_tokens,
-        num_kv_heads=NUM_KV_HEADS,
-        num_workers=NUM_WORKERS,
-        num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
         window=window,
         min_tile_units=min_tile_units,
         short_only=short_only,
@@ -182,18 +187,7 @@ def test_bounds_on_tiles_hold_for_the_worst_rows(num_tokens: int, num_rows: int)
 def test_padding_tokens_are_zeroed_by_one_worker_each() -> None:
     rows: Rows = [(5, 1), (0, 0), (90, 3), (0, 0), (0, 0)]
     for num_tokens in (4, 5, 40):
-        work = decode_plan(
-            batch_of(rows),
-            num_tokens,
-            tile_tokens=8,
-            num_kv_heads=NUM_KV_HEADS,
-            num_workers=NUM_WORKERS,
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK_SIZE,
-            window=None,
-            min_tile_units=2,
-            short_only=False,
-        )
+        work = plan_of(rows, num_tokens, tile_tokens=8, window=None, min_tile_units=2, short_only=False)
         first = np.asarray(work.workers)[:, plan.FIRST_PADDING]
         zeroed = sorted(token for start in first for token in range(start, num_tokens, NUM_WORKERS))
         assert zeroed == list(range(4, num_tokens))

@@ -44,19 +44,16 @@ def test_bad_constants_are_refused(setting):
         AdaptiveDrafts(**setting)
 
 
+def world_for(rule, **settings):
+    """Room for everybody, K = 4, no EOS."""
+    sizes = {"max_model_len": 400, "max_num_batched_tokens": 256, "block_size": 16, "num_blocks": 512}
+    config = SchedulerConfig(**sizes, max_drafts=4, adaptive_drafts=rule, **settings)
+    return World(config, HashModel(eos_every=0))
+
+
 def decode(accept, rule, steps=40):
     """Drafts planned in each step of one choice; ``accept(step)`` says how many are right."""
-    config = SchedulerConfig(
-        max_num_seqs=1,
-        max_model_len=400,
-        max_num_batched_tokens=64,
-        block_size=16,
-        num_blocks=32,
-        max_drafts=4,
-        adaptive_drafts=rule,
-        run_ahead=0,
-    )
-    world = World(config, HashModel(eos_every=0))
+    world = world_for(rule, max_num_seqs=1, run_ahead=0)
     world.add([1, 2], SamplingParams(max_tokens=300, ignore_eos=True))
     planned = []
     for step in range(steps):
@@ -85,16 +82,7 @@ def test_switched_off_means_always_k():
 def test_a_wide_batch_loses_its_drafts_until_rows_leave():
     """Sixteen rows leave no room for drafts below a width of 16; each that ends makes some."""
     rule = AdaptiveDrafts(token_cost=0.0, compute_bound_tokens=16)
-    config = SchedulerConfig(
-        max_num_seqs=16,
-        max_model_len=64,
-        max_num_batched_tokens=256,
-        block_size=8,
-        num_blocks=160,
-        max_drafts=4,
-        adaptive_drafts=rule,
-    )
-    world = World(config, HashModel(eos_every=0))
+    world = world_for(rule, max_num_seqs=16)
     for number in range(16):
         world.add([1, 2, 1 + number % 5], SamplingParams(max_tokens=50 if number < 2 else 3 + number, ignore_eos=True))
     found = {}
