@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aot_checks import check_kernels, check_lowering, check_weights, kernel_calls, num_lowered
+from aot_checks import check_draw, check_kernels, check_lowering, check_weights, kernel_calls, num_lowered
 from aot_gate import CPU_LIMIT, MAX_MODEL_LEN, MAX_SEQS, ROOT, Case, cases
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -49,6 +49,7 @@ class Lowered:
     donated_bytes: int  # that must be aliased
     temp_mib: int  # bound on temporary memory
     attention_layers: int = 0
+    samples: bool = False
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -89,11 +90,13 @@ def compile_and_check(case: Case, executables: dict[str, Lowered]) -> dict[str, 
         if temp_mib > lowered.temp_mib:
             failures.append(f"{temp_mib:.1f} MiB of temporary memory, the bound is {lowered.temp_mib}")
         failures += check_weights(compiled.as_text())
+        kernels = kernel_calls(compiled.as_text())
+        failures += check_lowering(num_lowered(lowered.stage.as_text()), len(kernels))
         if lowered.attention_layers:
-            kernels = kernel_calls(compiled.as_text())
             figures["kernels"] = dict(sorted(kernels.items()))
             failures += check_kernels(case, kernels, lowered.attention_layers)
-            failures += check_lowering(num_lowered(lowered.stage.as_text()), len(kernels))
+        if lowered.samples:
+            failures += check_draw(case, kernels)
         figures["failures"] += [f"{name}: {failure}" for failure in failures]
     return figures
 
@@ -154,7 +157,7 @@ def lower_step(case: Case, mesh: Any) -> dict[str, Lowered]:
 def lower_sampler(compiler: Compiler, tier: Tier) -> dict[str, Lowered]:
     logits_bytes = 4 * MAX_SEQS * compiler.config.vocab_size  # float32
     task = compiler.sample(SampleKey(tier, 0, MAX_SEQS))
-    return {"sample": lower_task(task, math.ceil(8 * logits_bytes / MIB))}
+    return {"sample": lower_task(task, math.ceil(8 * logits_bytes / MIB), samples=True)}
 
 
 def lower_full_sampler(case: Case, mesh: Any) -> dict[str, Lowered]:
@@ -167,12 +170,12 @@ def lower_burst(case: Case, mesh: Any) -> dict[str, Lowered]:
     burst = step_compiler(case, mesh, STEP_LAYERS).burst(
         BurstKey(Tier.PLAIN, case.num_tokens, case.num_tokens, BURST_LEN)
     )
-    return {"burst": lower_task(burst, case.temp_mib, attention_layers=STEP_LAYERS)}
+    return {"burst": lower_task(burst, case.temp_mib, attention_layers=STEP_LAYERS, samples=True)}
 
 
-def lower_task(task: Task, temp_mib: int, *, attention_layers: int = 0) -> Lowered:
+def lower_task(task: Task, temp_mib: int, *, attention_layers: int = 0, samples: bool = False) -> Lowered:
     donated = num_bytes([task.args[i] for i in task.donate])
-    return Lowered(task.lower(), donated, temp_mib, attention_layers)
+    return Lowered(task.lower(), donated, temp_mib, attention_layers, samples)
 
 
 def step_compiler(case: Case, mesh: Any, num_layers: int | None) -> Compiler:

@@ -23,6 +23,12 @@ def check_kernels(case: Case, kernels: Counter[str], num_layers: int) -> list[st
     return [f"{attention} of our kernels; {case.attention_kernels} in each of {num_layers} layers expected"]
 
 
+def check_draw(case: Case, kernels: Counter[str]) -> list[str]:
+    """A sampler draws once."""
+    calls = kernels["gumbel_argmax"]
+    return [] if calls == case.draw_kernels else [f"{calls} kernels draw; {case.draw_kernels} expected"]
+
+
 def num_lowered(module: str) -> int:
     """Our kernels in a StableHLO module, where a function that several layers call stands once."""
     return len(re.findall(r"custom_call @(?:tpu_custom_call|mosaic_gpu)", module))

@@ -11,7 +11,7 @@ be refused. A case passes if
 - it compiles: the compilers refuse a kernel that overflows VMEM, SMEM or shared memory;
 - the donated KV pool is aliased to the output in whole, so that it is written in place;
 - temporary memory is under the case's bound, far below the pool's size: a copy of the pool is found;
-- every layer's attention is our kernels, all of them, by name: nothing fell back to XLA;
+- every layer's attention is our kernels, all of them, by name: nothing fell back to XLA; on H100 so is the draw;
 - each kernel is lowered once, however many layers call it;
 - no weight in 8 bits is widened to a copy: the matrix products read it as it is.
 
@@ -88,6 +88,11 @@ class Case:
     def attention_kernels(self) -> int:
         """Of a layer. TPU: short rows and long rows. GPU: short rows, combine, and long rows if T > R."""
         return 3 if self.target == "h100" and self.num_tokens > MAX_SEQS else 2
+
+    @property
+    def draw_kernels(self) -> int:
+        """Of a sampler."""
+        return int(self.target == "h100")
 
     @property
     def block_size(self) -> int:

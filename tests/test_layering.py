@@ -19,7 +19,7 @@ ALLOWED = {
     "jaxserve.outputs": (),
     "jaxserve.progress": ("jaxserve.errors",),
     "jaxserve.scheduler": ("jaxserve.errors", "jaxserve.sampling_params"),
-    "jaxserve.sampling": ("jaxserve.errors", "jaxserve.config", "jaxserve.sampling_params"),
+    "jaxserve.sampling": ("pallas_kernels", "jaxserve.errors", "jaxserve.config", "jaxserve.sampling_params"),
     "jaxserve.speculation": (),
     "jaxserve.text": ("jaxserve.errors",),
     "jaxserve.weights": ("jaxserve.errors", "jaxserve.config", "jaxserve.sampling_params", "jaxserve.models"),

@@ -22,9 +22,13 @@ def describe(
     selection: Selection,
     memory: MemoryPlan,
     executables: Executables,
+    draw: str,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Name -> value of what was chosen and found; ``config`` has every None resolved, ``seconds`` are start-up's."""
+    """Name -> value of what was chosen and found.
+
+    ``config`` has every None resolved, ``draw`` is how the sampler draws, ``seconds`` are start-up's.
+    """
     devices = mesh.devices.flat
     return {
         "model": f"{checkpoint.path} ({checkpoint.config.architecture}, {checkpoint.load_format})",
@@ -33,6 +37,7 @@ def describe(
         "quantization": config.quantization or "none",
         "attention": selection.implementation,
         "attention choice": selection.explanation,
+        "sampler": draw,
         "memory": memory.describe(),
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,

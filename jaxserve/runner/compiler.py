@@ -20,6 +20,7 @@ from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executables import BurstKey, SampleKey
 from jaxserve.runner.packet import Fields, packet_len
 from jaxserve.runner.state import Scratch, SlotState
+from pallas_kernels.gumbel_argmax.api import supports
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 ADMISSION_ROWS = 8  # admissions in one upload
@@ -104,6 +105,7 @@ class Compiler:
             models=models,
             config=self.config,
             tier=key.tier,
+            implementations=tuple(self.draw_implementation(model) for model, _ in models),
             num_tokens=key.num_tokens,
             num_rows=key.num_rows,
         )
@@ -122,6 +124,7 @@ class Compiler:
             model=self.model,
             config=self.config,
             tier=key.tier,
+            implementation=self.draw_implementation(self.model),
             num_rows=key.num_rows,
             num_drafts=key.num_drafts,
         )
@@ -137,6 +140,7 @@ class Compiler:
             attention=drafter.attention,
             config=self.config,
             tier=key.tier,
+            implementation=self.draw_implementation(drafter.model),
             num_rows=key.num_rows,
         )
         name = f"propose_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts}"
@@ -162,6 +166,17 @@ class Compiler:
         )
         args = (self.model.head_params(self.params), self.slots, self.scratch, self._words(3))
         return Task("prompt_scores", run, args, (), self._sharding(WHOLE), self._no_graphs)
+
+    def draw_implementation(self, model: Model) -> str:
+        """Of the sampler's last step, see gumbel_argmax/api.py.
+
+        The kernel reads whole rows of logits, so it takes one device. It runs where attention's kernels do: what asks
+        for plain XLA there gets it here.
+        """
+        one_device = self.attention.mesh.devices.size == 1
+        if self.attention.implementation != "pallas_gpu" or not one_device:
+            return "xla"
+        return "xla" if supports(self.config.vocab_size, model.padded_vocab) else "pallas_gpu"
 
     @property
     def prompt_score_tokens(self) -> int:

@@ -58,9 +58,13 @@ def propose(
     attention: PagedAttention,
     config: RunnerConfig,
     tier: Tier,
+    implementation: str,
     num_rows: int,
 ) -> tuple[tuple[KVPool, ...], SlotState]:
-    """Drafts as many tokens as the plan asks for in each of its first R = num_rows rows."""
+    """Drafts as many tokens as the plan asks for in each of its first R = num_rows rows.
+
+    ``implementation`` is the draw's, see ``sampler.sample``.
+    """
     R, S, K = num_rows, config.max_num_seqs, config.max_drafts
     plan = slots.plan
     where = jnp.minimum(plan.slots[:R], S - 1)  # padding rows point at some slot; they draft nothing
@@ -85,6 +89,7 @@ def propose(
             tier=tier,
             vocab_size=config.vocab_size,
             max_logprobs=config.limits.max_logprobs,
+            implementation=implementation,
         )
         return pools, drafts.at[:, j].set(jnp.where(active > 0, token_ids, NO_ID))
 

@@ -137,6 +137,7 @@ def sample(
     model: Model,
     config: RunnerConfig,
     tier: Tier,
+    implementation: str,
     num_rows: int,
     num_drafts: int,
 ) -> tuple[SlotState, jax.Array]:
@@ -160,6 +161,7 @@ def sample(
         tier=tier,
         vocab_size=config.vocab_size,
         max_logprobs=config.limits.max_logprobs,
+        implementation=implementation,
     )
     sampled = token_ids.reshape(R, K + 1)
     emitted = accept(sampled, drafts, drafted, samples & (where < S))  # [R]
@@ -192,6 +194,7 @@ def burst(
     models: tuple[tuple[Model, PagedAttention], ...],
     config: RunnerConfig,
     tier: Tier,
+    implementations: tuple[str, ...],
     num_tokens: int,
     num_rows: int,
 ) -> tuple[tuple[tuple[KVPool, ...], ...], SlotState, Scratch, jax.Array]:
@@ -206,6 +209,7 @@ def burst(
         model=models[0][0],
         config=config,
         tier=tier,
+        implementation=implementations[0],
         num_rows=num_rows,
         num_drafts=config.max_drafts,
     )
@@ -225,6 +229,7 @@ def burst(
                 attention=attention,
                 config=config,
                 tier=tier,
+                implementation=implementations[1],
                 num_rows=num_rows,
             )
             kv = (kv[0], draft_kv)

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxserve.sampling import logprobs, processors
 from jaxserve.sampling.logprobs import LogprobArrays
-from jaxserve.sampling.noise import gumbel
+from jaxserve.sampling.noise import position_keys
 from jaxserve.sampling.rows import SampleRows
 from jaxserve.sampling.state import SamplingState
 from jaxserve.sampling.tier import Tier
-from jaxserve.sampling.truncate import in_parts, truncate
+from jaxserve.sampling.truncate import truncate
+from pallas_kernels.gumbel_argmax.api import gumbel_argmax
 
 
 def sample(
@@ -32,6 +32,7 @@ def sample(
     tier: Tier,
     vocab_size: int,
     max_logprobs: int,
+    implementation: str,
     token_mask: jax.Array | None = None,  # uint32[M, W], bit set = allowed
 ) -> tuple[jax.Array, LogprobArrays | None]:
     """One token per row, int32[M], always in 0..vocab_size-1.
@@ -41,9 +42,12 @@ def sample(
         tier: what is compiled in; a row gives the same token in every tier that honours its settings.
         vocab_size: ids from here to Vp are padding and never sampled.
         max_logprobs: C of the returned log-probabilities; they come in tiers that cover SCORED, else None.
+        implementation: of the draw, see gumbel_argmax/api.py.
         token_mask: ids a grammar allows, in any tier.
     """
-    logits = processors.mask_padding(logits.astype(jnp.float32), vocab_size)
+    logits = logits.astype(jnp.float32)
+    if tier > Tier.PLAIN:  # the draw takes no padding, whatever that holds
+        logits = processors.mask_padding(logits, vocab_size)
     raw = logits
     if token_mask is not None:
         logits = processors.apply_token_mask(logits, token_mask)
@@ -52,29 +56,10 @@ def sample(
     if tier.covers(Tier.TRUNCATED):
         slots = rows.slots
         logits = truncate(logits, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.min_p[slots])
+    temperature = keys = None
     if tier.covers(Tier.PLAIN):
-        noise = gumbel(state.key[rows.slots], rows.output_index, logits.shape[1])
-        logits = logits + state.temperature[rows.slots][:, None] * noise
-    token_ids = first_largest(logits)
+        temperature, keys = state.temperature[rows.slots], position_keys(state.key[rows.slots], rows.output_index)
+    token_ids = gumbel_argmax(logits, temperature, keys, vocab_size, implementation)
     if not tier.covers(Tier.SCORED):
         return token_ids, None
     return token_ids, logprobs.compute(raw, token_ids, max_logprobs)
-
-
-def first_largest(
-    logits: jax.Array,  # float32[M, V], no NaN
-) -> jax.Array:
-    """int32[M]: the lowest id among those of the row's largest logits.
-
-    ``jnp.argmax`` over parts of the row first: a handful of whole rows can't occupy a GPU.
-    """
-    parts = in_parts(logits, -jnp.inf)  # [M, parts, ids of a part]
-    ids = jnp.arange(parts.shape[1] * parts.shape[2], dtype=jnp.int32).reshape(parts.shape[1:])
-    nothing = jnp.float32(-jnp.inf), np.int32(2**31 - 1)
-
-    def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        a_wins = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
-        return jnp.where(a_wins, a[0], b[0]), jnp.where(a_wins, a[1], b[1])
-
-    found = jax.lax.reduce((parts, jnp.broadcast_to(ids, parts.shape)), nothing, better, (2,))
-    return jax.lax.reduce(found, nothing, better, (1,))[1]

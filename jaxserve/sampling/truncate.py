@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_PARTS = 64  # of a row; a multiple of the mesh's size, so that shards of the vocabulary hold whole parts
+from pallas_kernels.parts import in_parts
+
 _COLDEST = np.float32(1e-30)  # keeps 0 / temperature at 0; a greedy row keeps its maxima only
 
 
@@ -119,13 +120,3 @@ def descend(
     num_passes = -(-32 // digit_bits)
     threshold = jnp.zeros_like(keys[:, 0, 0])
     return jax.lax.fori_loop(0, num_passes, one_pass, threshold, unroll=unroll)
-
-
-def in_parts(
-    x: jax.Array,  # [M, V]
-    fill: float,
-) -> jax.Array:
-    """[M, parts, ceil(V / parts)], padded with ``fill``."""
-    M, V = x.shape
-    part = -(-V // _PARTS)
-    return jnp.pad(x, ((0, 0), (0, _PARTS * part - V)), constant_values=fill).reshape(M, _PARTS, part)

@@ -16,12 +16,11 @@ import numpy as np
 from dense_attention import dense_attend
 from hf_tree import model_config, param_tree
 from safetensors.numpy import load_file
-from sampling_reference import Case, kept_ids, processed
+from sampling_reference import Case, gumbel_of, kept_ids, noise_bits, processed
 from tiny_engines import GOLDEN
 
 from jaxserve import SamplingParams
 from jaxserve.models.registry import Model, Params, build
-from jaxserve.sampling.noise import choice_key, gumbel
 
 LENGTH = 96  # one compiled shape: what follows a token can't change it
 
@@ -98,9 +97,7 @@ class Reference:
             scores = processed(self.logits(prompt + output)[-1], case, output)
             if params.temperature > 0:
                 keep = sorted(kept_ids(scores, params.temperature, params.top_k, params.top_p, params.min_p))
-                noise = np.asarray(
-                    gumbel(choice_key(case.seed, index)[None], np.array([len(output)], np.int32), self.vocab_size)
-                )[0]
+                noise = gumbel_of(noise_bits(case.seed, index, len(output), self.vocab_size))
                 kept = np.full(self.vocab_size, -np.inf)
                 kept[keep] = scores[keep] + params.temperature * noise[keep]
                 scores = kept

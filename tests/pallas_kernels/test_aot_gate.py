@@ -66,6 +66,13 @@ def test_attention_that_fell_back_to_xla_is_found() -> None:
     assert checks.check_kernels(_case("h100", num_tokens=512), whole, num_layers=2)  # three kernels a layer
 
 
+def test_a_draw_that_fell_back_to_xla_is_found() -> None:
+    draw = checks.kernel_calls(_compiled(("mosaic_gpu_v2", "gumbel_argmax")))
+    nothing = checks.kernel_calls("")
+    assert not checks.check_draw(_case("h100"), draw) and not checks.check_draw(_case("v5e"), nothing)
+    assert checks.check_draw(_case("h100"), nothing)
+
+
 def test_a_kernel_that_each_layer_lowers_is_found() -> None:
     module = "stablehlo.custom_call @tpu_custom_call(%0)\n" * 3 + "stablehlo.custom_call @Sharding(%0)\n"
     assert checks.num_lowered(module) == 3

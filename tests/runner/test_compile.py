@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build_engine
@@ -59,3 +61,21 @@ def test_options_of_a_gpu(monkeypatch):
     jax.jit(lambda x: x).lower(1.0).compile(wide)
     packed = replace(compiler, params=jax.eval_shape(lambda: jnp.zeros(2, jnp.int8)))  # a product unpacks it
     assert packed._decode_options(64) is None
+
+
+def test_the_draws_kernel_runs_where_attentions_do_on_one_device_with_a_vocabulary_that_it_supports():
+    engine = build_engine(SMALL, progress=False)
+    compiler = engine.core.runner.compiler()
+    assert engine.info["sampler"] == compiler.draw_implementation(compiler.model) == "xla"
+
+    def drawn_by(implementation: str, vocab_size: int, num_devices: int) -> str:
+        mesh = Mesh(np.array(jax.devices()[:num_devices]), ("tp",))
+        model = replace(compiler.model, padded_vocab=vocab_size)
+        attention = replace(compiler.attention, implementation=implementation, mesh=mesh)
+        config = replace(compiler.config, vocab_size=vocab_size)
+        return replace(compiler, attention=attention, config=config).draw_implementation(model)
+
+    assert drawn_by("pallas_gpu", 512, 1) == "pallas_gpu"
+    assert drawn_by("pallas_gpu", 511, 1) == "xla"
+    assert drawn_by("pallas_gpu", 512, 2) == "xla"
+    assert drawn_by("pallas_tpu", 512, 1) == "xla"

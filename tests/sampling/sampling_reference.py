@@ -93,6 +93,21 @@ def processed(logits: np.ndarray, case: Case, output: list[int]) -> np.ndarray:
     return out
 
 
+def noise_bits(seed: int, choice_index: int, output_index: int, width: int) -> np.ndarray:
+    """uint32[width] by jax.random: of ids 512 apart, the lower has the high word of an element, the other the low."""
+    word = seed & 0xFFFFFFFFFFFFFFFF
+    with jax.enable_x64(True), jax.threefry_partitionable(True):
+        key = jax.random.wrap_key_data(np.array([word >> 32, word & 0xFFFFFFFF], np.uint32), impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, choice_index), output_index)
+        words = np.asarray(jax.random.bits(key, (-(-width // 1024) * 512,), np.uint64)).reshape(-1, 1, 512)
+    return np.concatenate([words >> 32, words & 0xFFFFFFFF], axis=1).reshape(-1)[:width].astype(np.uint32)
+
+
+def gumbel_of(bits: np.ndarray) -> np.ndarray:
+    """float64: standard Gumbel noise of 32 random bits."""
+    return -np.log(-np.log1p(-(bits.astype(np.float64) + 0.5) * 2.0**-32))
+
+
 def kept_ids(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
     """Truncation by sorting; ids that tie with the last kept one are kept too."""
     with np.errstate(invalid="ignore"):

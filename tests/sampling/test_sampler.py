@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from sampling_reference import LIMITS, Case, history, processed, state_of, target
+from sampling_reference import LIMITS, Case, gumbel_of, history, noise_bits, processed, state_of, target
 
 from jaxserve.sampling import bitmask
 from jaxserve.sampling.processors import process
@@ -52,10 +52,13 @@ def logits_for(rows: int, width: int = V, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (rows, width)).astype(np.float32)
 
 
+draw = functools.partial(sample, max_logprobs=C, implementation="xla")
+
+
 @functools.partial(jax.jit, static_argnames=("tier", "vocab_size"))
 def run(logits, state, slots, tokens, lengths, drafts, tier=Tier.FULL, vocab_size=V, token_mask=None):
     rows = make_rows(state, slots, tokens, lengths, drafts)
-    return sample(logits, rows, state, tier=tier, vocab_size=vocab_size, max_logprobs=C, token_mask=token_mask)
+    return draw(logits, rows, state, tier=tier, vocab_size=vocab_size, token_mask=token_mask)
 
 
 @jax.jit
@@ -130,10 +133,8 @@ def test_the_draw_is_the_documented_function_of_seed_choice_and_position():
     ids, _ = run_cases(cases, logits, drafts=np.full((len(cases), K), 9, np.int32), tier=Tier.PLAIN)
     for m, got in enumerate(np.asarray(ids)):
         case, j = cases[m // (K + 1)], m % (K + 1)
-        key = jax.random.wrap_key_data(np.array([0, case.seed], np.uint32))
-        key = jax.random.fold_in(jax.random.fold_in(key, case.index), len(case.output) + j)
-        uniform = (np.asarray(jax.random.bits(key, (V,))).astype(np.float64) + 0.5) * 2.0**-32
-        assert got == np.argmax(logits[m] - case.params.temperature * np.log(-np.log1p(-uniform)))
+        noise = gumbel_of(noise_bits(case.seed, case.index, len(case.output) + j, V))
+        assert got == np.argmax(logits[m] + case.params.temperature * noise)
 
 
 def test_every_tier_gives_the_same_token_where_it_suffices():

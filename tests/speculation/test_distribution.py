@@ -52,7 +52,8 @@ def sampled(state, tokens, table, drafts, tier):
     """int32[S, 1 + drafts]: what follows the prompt, and what follows each draft."""
     before = jnp.concatenate([tokens[:, :1], jnp.clip(drafts, 0, V - 1)], axis=1)
     rows = make_rows(state, jnp.arange(S), tokens, jnp.ones(S, jnp.int32), drafts)
-    ids, _ = sample(jnp.asarray(table)[before].reshape(-1, V), rows, state, tier=tier, vocab_size=V, max_logprobs=1)
+    logits = jnp.asarray(table)[before].reshape(-1, V)
+    ids, _ = sample(logits, rows, state, tier=tier, vocab_size=V, max_logprobs=1, implementation="xla")
     return ids.reshape(before.shape)
 
 

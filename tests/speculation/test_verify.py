@@ -66,7 +66,9 @@ def step(state, tokens, lengths, drafts, num_drafts, samples, tier=Tier.FULL):
     drafted = tokens.at[rows, positions].set(drafts, mode="drop")
     logits = toy_logits(drafted, jnp.minimum(lengths[:, None] + jnp.arange(K + 1), MAX_LEN))
     sample_rows = make_rows(state, jnp.arange(R), tokens, lengths, drafts)
-    ids, logprobs = sample(logits.reshape(-1, V), sample_rows, state, tier=tier, vocab_size=V, max_logprobs=2)
+    ids, logprobs = sample(
+        logits.reshape(-1, V), sample_rows, state, tier=tier, vocab_size=V, max_logprobs=2, implementation="xla"
+    )
     ids = ids.reshape(R, K + 1)
     emitted = accept(ids, drafts, num_drafts, samples)
     state = commit_tokens(state, jnp.arange(R), ids, emitted)
