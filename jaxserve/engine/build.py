@@ -126,7 +126,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         watchdog_seconds=config.watchdog_seconds,
         strict_compile=config.strict_compile,
     )
-    draw = runner.compiler().draw_implementation(model)
+    sampler = runner.compiler().sampler_implementation(model)
     seconds = {
         "load": loaded - began,
         "plan memory": planned - loaded,
@@ -142,7 +142,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         sampling_defaults=checkpoint.sampling_defaults,
         max_model_len=_known(config.max_model_len),
         limits=config.limits,
-        info=describe(config, checkpoint, eos, mesh, selection, memory, executables, draw, seconds),
+        info=describe(config, checkpoint, eos, mesh, selection, memory, executables, sampler, seconds),
     )
     _tell_choice(selection, config.attention_implementation, platform)
     logger.info("KV cache: %s", memory.describe()["kv cache"])

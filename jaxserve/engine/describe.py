@@ -22,12 +22,12 @@ def describe(
     selection: Selection,
     memory: MemoryPlan,
     executables: Executables,
-    draw: str,
+    sampler: str,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Name -> value of what was chosen and found.
 
-    ``config`` has every None resolved, ``draw`` is how the sampler draws, ``seconds`` are start-up's.
+    ``config`` has every None resolved, ``sampler`` is its implementation, ``seconds`` are start-up's.
     """
     devices = mesh.devices.flat
     return {
@@ -37,7 +37,7 @@ def describe(
         "quantization": config.quantization or "none",
         "attention": selection.implementation,
         "attention choice": selection.explanation,
-        "sampler": draw,
+        "sampler": sampler,
         "memory": memory.describe(),
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,

@@ -20,8 +20,9 @@ from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executables import BurstKey, SampleKey
 from jaxserve.runner.packet import Fields, packet_len
 from jaxserve.runner.state import Scratch, SlotState
-from pallas_kernels.gumbel_argmax.api import supports
+from pallas_kernels.gumbel_argmax import api as gumbel_argmax
 from pallas_kernels.ragged_paged_attention.types import KVPool
+from pallas_kernels.truncation_threshold import api as truncation_threshold
 
 ADMISSION_ROWS = 8  # admissions in one upload
 PROMPT_SCORE_TOKENS = 256  # prompt tokens that one call scores
@@ -105,7 +106,7 @@ class Compiler:
             models=models,
             config=self.config,
             tier=key.tier,
-            implementations=tuple(self.draw_implementation(model) for model, _ in models),
+            implementations=tuple(self.sampler_implementation(model) for model, _ in models),
             num_tokens=key.num_tokens,
             num_rows=key.num_rows,
         )
@@ -124,7 +125,7 @@ class Compiler:
             model=self.model,
             config=self.config,
             tier=key.tier,
-            implementation=self.draw_implementation(self.model),
+            implementation=self.sampler_implementation(self.model),
             num_rows=key.num_rows,
             num_drafts=key.num_drafts,
         )
@@ -140,7 +141,7 @@ class Compiler:
             attention=drafter.attention,
             config=self.config,
             tier=key.tier,
-            implementation=self.draw_implementation(drafter.model),
+            implementation=self.sampler_implementation(drafter.model),
             num_rows=key.num_rows,
         )
         name = f"propose_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts}"
@@ -167,16 +168,19 @@ class Compiler:
         args = (self.model.head_params(self.params), self.slots, self.scratch, self._words(3))
         return Task("prompt_scores", run, args, (), self._sharding(WHOLE), self._no_graphs)
 
-    def draw_implementation(self, model: Model) -> str:
-        """Of the sampler's last step, see gumbel_argmax/api.py.
+    def sampler_implementation(self, model: Model) -> str:
+        """Of the sampler's kernels, see ``sampler.sample``.
 
-        The kernel reads whole rows of logits, so it takes one device. It runs where attention's kernels do: what asks
-        for plain XLA there gets it here.
+        They read whole rows of logits, so they take one device. They run where attention's kernels do: what asks for
+        plain XLA there gets it here.
         """
         one_device = self.attention.mesh.devices.size == 1
         if self.attention.implementation != "pallas_gpu" or not one_device:
             return "xla"
-        return "xla" if supports(self.config.vocab_size, model.padded_vocab) else "pallas_gpu"
+        refused = gumbel_argmax.supports(self.config.vocab_size, model.padded_vocab) or truncation_threshold.supports(
+            model.padded_vocab
+        )
+        return "xla" if refused else "pallas_gpu"
 
     @property
     def prompt_score_tokens(self) -> int:

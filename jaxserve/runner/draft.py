@@ -63,7 +63,7 @@ def propose(
 ) -> tuple[tuple[KVPool, ...], SlotState]:
     """Drafts as many tokens as the plan asks for in each of its first R = num_rows rows.
 
-    ``implementation`` is the draw's, see ``sampler.sample``.
+    ``implementation``: see ``sampler.sample``.
     """
     R, S, K = num_rows, config.max_num_seqs, config.max_drafts
     plan = slots.plan

@@ -42,7 +42,7 @@ def sample(
         tier: what is compiled in; a row gives the same token in every tier that honours its settings.
         vocab_size: ids from here to Vp are padding and never sampled.
         max_logprobs: C of the returned log-probabilities; they come in tiers that cover SCORED, else None.
-        implementation: of the draw, see gumbel_argmax/api.py.
+        implementation: of truncation_threshold and gumbel_argmax, see their api.py.
         token_mask: ids a grammar allows, in any tier.
     """
     logits = logits.astype(jnp.float32)
@@ -55,7 +55,8 @@ def sample(
         logits = processors.process(logits, rows, state)
     if tier.covers(Tier.TRUNCATED):
         slots = rows.slots
-        logits = truncate(logits, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.min_p[slots])
+        settings = state.temperature[slots], state.top_k[slots], state.top_p[slots], state.min_p[slots]
+        logits = truncate(logits, *settings, implementation)
     temperature = keys = None
     if tier.covers(Tier.PLAIN):
         temperature, keys = state.temperature[rows.slots], position_keys(state.key[rows.slots], rows.output_index)

@@ -63,19 +63,19 @@ def test_options_of_a_gpu(monkeypatch):
     assert packed._decode_options(64) is None
 
 
-def test_the_draws_kernel_runs_where_attentions_do_on_one_device_with_a_vocabulary_that_it_supports():
+def test_the_samplers_kernels_run_where_attentions_do_on_one_device_with_a_vocabulary_that_they_support():
     engine = build_engine(SMALL, progress=False)
     compiler = engine.core.runner.compiler()
-    assert engine.info["sampler"] == compiler.draw_implementation(compiler.model) == "xla"
+    assert engine.info["sampler"] == compiler.sampler_implementation(compiler.model) == "xla"
 
-    def drawn_by(implementation: str, vocab_size: int, num_devices: int) -> str:
+    def sampled_by(implementation: str, vocab_size: int, num_devices: int) -> str:
         mesh = Mesh(np.array(jax.devices()[:num_devices]), ("tp",))
         model = replace(compiler.model, padded_vocab=vocab_size)
         attention = replace(compiler.attention, implementation=implementation, mesh=mesh)
         config = replace(compiler.config, vocab_size=vocab_size)
-        return replace(compiler, attention=attention, config=config).draw_implementation(model)
+        return replace(compiler, attention=attention, config=config).sampler_implementation(model)
 
-    assert drawn_by("pallas_gpu", 512, 1) == "pallas_gpu"
-    assert drawn_by("pallas_gpu", 511, 1) == "xla"
-    assert drawn_by("pallas_gpu", 512, 2) == "xla"
-    assert drawn_by("pallas_tpu", 512, 1) == "xla"
+    assert sampled_by("pallas_gpu", 512, 1) == "pallas_gpu"
+    assert sampled_by("pallas_gpu", 511, 1) == "xla"
+    assert sampled_by("pallas_gpu", 512, 2) == "xla"
+    assert sampled_by("pallas_tpu", 512, 1) == "xla"

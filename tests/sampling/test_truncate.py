@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_reference import kept_ids
 
-from jaxserve.sampling.truncate import descend, truncate
+from jaxserve.sampling.truncate import truncate
+from pallas_kernels.truncation_threshold.reference import descend
 
-jitted = jax.jit(truncate)
+jitted = jax.jit(functools.partial(truncate, implementation="xla"))
 ROWS, WIDTH = 4, 37
 
 
