@@ -152,9 +152,9 @@ def test_the_kernels_noise(monkeypatch: pytest.MonkeyPatch, error: float) -> Non
 
 
 def test_parts_fill_the_machine() -> None:
-    assert gpu.part_pairs(8, 151936) == (74, 2)
-    assert gpu.part_pairs(64, 151936) == (15, 10)
-    assert gpu.part_pairs(256, 151936) == (4, 37)
+    assert gpu.part_pairs(8, 151936) == (148, 1)
+    assert gpu.part_pairs(64, 151936) == (50, 3)
+    assert gpu.part_pairs(256, 151936) == (15, 10)
     assert gpu.part_pairs(5000, 151936) == (1, 148)
     assert gpu.part_pairs(1, 600) == (1, 1)
 

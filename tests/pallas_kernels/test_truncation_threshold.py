@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.truncation_threshold import gpu
-from pallas_kernels.truncation_threshold.api import IMPLEMENTATIONS, truncation_threshold
+from pallas_kernels.truncation_threshold.api import IMPLEMENTATIONS, MAX_IDS, truncation_threshold
 
 _ROUNDING = 1e-5  # of a probability
 
@@ -118,7 +118,7 @@ def test_refusals() -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             truncation_threshold(*arguments)
-    wide = jax.ShapeDtypeStruct((2, gpu.MAX_IDS + 1), np.float32)
+    wide = jax.ShapeDtypeStruct((2, MAX_IDS + 1), np.float32)
     with pytest.raises(ValueError, match="'pallas_gpu' can't be used: 16777217 ids"):
         jax.eval_shape(lambda wide: truncation_threshold(wide, f, i, f, f, "pallas_gpu"), wide)
 
