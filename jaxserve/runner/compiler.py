@@ -114,10 +114,10 @@ class Compiler:
         if self.drafter is not None:
             heads += (self.drafter.params,)
         packets = self._words(key.num_steps, packet_len(self.config))
-        args = (params, heads, kv, self.slots, self.scratch, packets)
-        out = (self._pools(kv), self._whole(self.slots), self._whole(self.scratch), self._sharding(WHOLE))
+        args = (params, heads, kv, self.slots, packets)
+        out = (self._pools(kv), self._whole(self.slots), self._sharding(WHOLE))
         name = f"burst_{key.tier.name.lower()}_{key.num_tokens}x{key.num_rows}"
-        return Task(name, run, args, (2, 3, 4), out, self._decode_options(key.num_tokens))
+        return Task(name, run, args, (2, 3), out, self._decode_options(key.num_tokens))
 
     def sample(self, key: SampleKey) -> Task:
         run = functools.partial(

@@ -176,8 +176,8 @@ class Runner:
         return [Dispatched(plan, words, (n,), self.config.max_drafts, scored, ()) for n, plan in enumerate(plans)]
 
     def _run_burst(self, key: BurstKey, packets: np.ndarray) -> jax.Array:  # int32[N, packet_len]
-        self._kv, self._slots, self._scratch, words = self._started().burst[key](
-            self._trunk, self._heads, self._kv, self._slots, self._scratch, packets
+        self._kv, self._slots, words = self._started().burst[key](
+            self._trunk, self._heads, self._kv, self._slots, packets
         )
         words.copy_to_host_async()
         return words  # int32[N, R, ...]

@@ -16,7 +16,6 @@ P block-table columns, A admissions, C logprob candidates.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +103,22 @@ def forward(
     num_tokens: int,
     num_rows: int,
 ) -> tuple[tuple[tuple[KVPool, ...], ...], Scratch]:
-    """Computes the staged rows' tokens in a bucket of T = num_tokens, R = num_rows.
+    """Computes the staged rows' tokens in a bucket of T = num_tokens, R = num_rows, see ``compute``."""
+    kv, hidden = compute(params, kv, slots, models=models, config=config, num_tokens=num_tokens, num_rows=num_rows)
+    return kv, _overwrite(scratch, hidden)
+
+
+def compute(
+    params: tuple[Any, ...],  # Model.trunk_params of each model
+    kv: tuple[tuple[KVPool, ...], ...],  # of each model
+    slots: SlotState,
+    *,
+    models: tuple[tuple[Model, PagedAttention], ...],
+    config: RunnerConfig,
+    num_tokens: int,
+    num_rows: int,
+) -> tuple[tuple[tuple[KVPool, ...], ...], Scratch]:
+    """The models' passes over the staged rows' tokens, and what they leave: ``sampled`` [R, K+1, E], ``tokens`` [T, E].
 
     The first model is the one that speaks. A draft model may follow: only its KV is wanted.
     """
@@ -126,7 +140,7 @@ def forward(
     # The sampler's positions are the last 1 + num_drafts of each row.
     first = layout.ends - 1 - slots.plan.num_drafts[:R]
     wanted = jnp.clip(first[:, None] + jnp.arange(K + 1), 0, T - 1)  # [R, K+1]
-    return tuple(pools), _overwrite(scratch, Scratch(sampled=hidden[0][wanted], tokens=hidden[0]))
+    return tuple(pools), Scratch(sampled=hidden[0][wanted], tokens=hidden[0])
 
 
 def sample(
@@ -175,8 +189,9 @@ def sample(
         tokens=slots.tokens.at[where[:, None], at].set(sampled, mode="drop"),
         tokens_len=slots.tokens_len.at[where].add(emitted, mode="drop"),
         computed_len=slots.computed_len.at[where].add(widths - rejected, mode="drop"),
-        sampling=commit_tokens(slots.sampling, where, sampled, emitted),
     )
+    if tier.covers(Tier.SCORED):
+        advanced = replace(advanced, sampling=commit_tokens(slots.sampling, where, sampled, emitted))
     words = [emitted[:, None], drafted[:, None], sampled]
     if logprobs is not None:
         words.append(pack_logprobs(logprobs).reshape(R, -1))
@@ -188,7 +203,6 @@ def burst(
     heads: tuple[Any, ...],  # the first model's Model.head_params; of a draft model all params
     kv: tuple[tuple[KVPool, ...], ...],  # of each model
     slots: SlotState,
-    scratch: Scratch,
     packets: jax.Array,  # int32[N, packet_len]: a packet for each step
     *,
     models: tuple[tuple[Model, PagedAttention], ...],
@@ -197,28 +211,16 @@ def burst(
     implementations: tuple[str, ...],
     num_tokens: int,
     num_rows: int,
-) -> tuple[tuple[tuple[KVPool, ...], ...], SlotState, Scratch, jax.Array]:
+) -> tuple[tuple[tuple[KVPool, ...], ...], SlotState, jax.Array]:
     """N steps, one after the other, each as ``stage``, ``forward`` and ``sample`` make it.
 
     Returns:
-        KV pools, slots, scratch, and the steps' results int32[N, R, ...], see ``sample``.
+        KV pools, slots, and the steps' results int32[N, R, ...], see ``sample``.
     """
-    num_steps = packets.shape[0]  # static: XLA runs such a loop without asking the device after each turn
-    run_sampler = functools.partial(
-        sample,
-        model=models[0][0],
-        config=config,
-        tier=tier,
-        implementation=implementations[0],
-        num_rows=num_rows,
-        num_drafts=config.max_drafts,
-    )
-    _, result = jax.eval_shape(run_sampler, heads[0], slots, scratch)
-    words = jnp.zeros((num_steps, *result.shape), result.dtype)
 
-    def one(index: jax.Array, carry: tuple[Any, SlotState, Scratch, jax.Array]) -> Any:
-        kv, slots, scratch, words = carry
-        slots = stage(slots, packets[index], config=config, num_rows=num_rows)
+    def one(carry: tuple[Any, SlotState], packet: jax.Array) -> tuple[Any, jax.Array]:
+        kv, slots = carry
+        slots = stage(slots, packet, config=config, num_rows=num_rows)
         if len(models) > 1:
             model, attention = models[1]
             draft_kv, slots = draft_tokens(
@@ -233,13 +235,23 @@ def burst(
                 num_rows=num_rows,
             )
             kv = (kv[0], draft_kv)
-        kv, scratch = forward(
-            params, kv, slots, scratch, models=models, config=config, num_tokens=num_tokens, num_rows=num_rows
+        kv, hidden = compute(params, kv, slots, models=models, config=config, num_tokens=num_tokens, num_rows=num_rows)
+        slots, words = sample(
+            heads[0],
+            slots,
+            hidden,
+            model=models[0][0],
+            config=config,
+            tier=tier,
+            implementation=implementations[0],
+            num_rows=num_rows,
+            num_drafts=config.max_drafts,
         )
-        slots, result = run_sampler(heads[0], slots, scratch)
-        return kv, slots, scratch, words.at[index].set(result)
+        return (kv, slots), words
 
-    return jax.lax.fori_loop(0, num_steps, one, (kv, slots, scratch, words))
+    # The number of steps is static: XLA runs such a loop without asking the device after each turn.
+    (kv, slots), words = jax.lax.scan(one, (kv, slots), packets)
+    return kv, slots, words
 
 
 def _overwrite[T](old: T, new: T) -> T:

@@ -6,7 +6,7 @@ A step uses it like this (shape letters in ``state``)::
     rows = make_rows(state, slots, tokens, tokens_len, drafts)            # M = R * (K+1) positions
     token_ids, logprobs = sample(logits, rows, state, tier=..., ...)
     num_emitted = speculation.verify.accept(token_ids.reshape(R, K + 1), drafts, num_drafts, samples)
-    state = commit_tokens(state, slots, token_ids.reshape(R, K + 1), num_emitted)   # in every tier
+    state = commit_tokens(state, slots, token_ids.reshape(R, K + 1), num_emitted)   # where the tier is SCORED or more
 
 Modules: ``tier`` (what is compiled in), ``host`` (a request as numpy arrays), ``state``, ``rows``, ``sampler``,
 ``processors``, ``truncate``, ``noise``, ``logprobs`` (also of prompts), ``bitmask``.

@@ -50,7 +50,7 @@ def make_rows(
 
     M = R * (K + 1)
     return SampleRows(
-        slots=jnp.repeat(slots, K + 1, total_repeat_length=M),
+        slots=jnp.broadcast_to(slots[:, None], (R, K + 1)).reshape(M),
         output_index=index.reshape(M),
         drafts=prior.reshape(M, K),
         recent=recent.reshape(M, tail),

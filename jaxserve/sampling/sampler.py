@@ -46,7 +46,9 @@ def sample(
         token_mask: ids a grammar allows, in any tier.
     """
     logits = logits.astype(jnp.float32)
-    if tier > Tier.PLAIN:  # the draw takes no padding, whatever that holds
+    # The draw takes no padding, whatever that holds. XLA for TPU needs half the memory for it if it finds a mask before
+    # it, also where there is no padding.
+    if tier > Tier.PLAIN or implementation == "xla":
         logits = processors.mask_padding(logits, vocab_size)
     raw = logits
     if token_mask is not None:

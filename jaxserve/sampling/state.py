@@ -38,7 +38,7 @@ class SamplingState:
     allowed: jax.Array  # uint32[S, W]
     bad_words: jax.Array  # int32[S, Nw, Lw], right-aligned
     prompt_mask: jax.Array  # uint32[S, W], ids that occur in the prompt
-    output_counts: jax.Array  # int32[S, V], how often the output holds each id
+    output_counts: jax.Array  # int32[S, V], how often the output holds each id; kept for choices that need SCORED
 
 
 def init_state(num_slots: int, vocab_size: int, limits: Limits) -> SamplingState:
@@ -86,8 +86,8 @@ def commit_tokens(
 ) -> SamplingState:
     """Counts the tokens that a step emitted: ``token_ids[r, :num_emitted[r]]``.
 
-    To be called in every tier: a scatter of R * (K+1) ones into the donated counts costs next to nothing, and so the
-    counts are right whenever a later step needs them.
+    To be called in the tiers that read counts, ``SCORED`` and above. A choice keeps its settings until its slot is
+    reset, so one whose settings need counts is in such a tier in all of its steps.
     """
     emitted = jnp.arange(token_ids.shape[1]) < num_emitted[:, None]
     ids = jnp.where(emitted & (token_ids >= 0), token_ids, state.output_counts.shape[1])

@@ -19,8 +19,8 @@ def gumbel_argmax(
     """See api.gumbel_argmax."""
     if temperature is not None and keys is not None:
         logits = logits + temperature[:, None] * noise.gumbel(noise.random_bits(keys, logits.shape[1]))
-    # Before the row is split, and also where nothing is padding: XLA for TPU else holds twice as many temporaries.
-    logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf)
+    if vocab_size < logits.shape[1]:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf)
     values = in_parts(logits, -jnp.inf)  # [M, parts, ids of a part]
     ids = jnp.arange(values.shape[1] * values.shape[2], dtype=jnp.int32).reshape(values.shape[1:])
     best = lowest_of_largest(values, jnp.broadcast_to(ids, values.shape), 2)
