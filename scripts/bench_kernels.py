@@ -88,6 +88,7 @@ CASES = (
     Case("decode_16x512", _decode(16, 512), 0.50),
     Case("decode_ragged_128", _ragged(128, 100, 4096), 0.85),
     Case("decode_143_of_256", _ragged(143, 600, 1600), 0.85, group=2, idle_rows=113),
+    Case("decode_256_near_576", _ragged(256, 512, 640), 0.85, group=2),
     Case("decode_short_and_long", _decode(192, 60) + _decode(64, 4096), 0.85, group=2),
     Case("decode_d64_64x4096", _decode(64, 4096), 0.80, head_dim=64),
     Case("decode_d256_64x4096", _decode(64, 4096), 0.80, head_dim=256),

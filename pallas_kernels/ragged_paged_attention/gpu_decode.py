@@ -31,6 +31,7 @@ from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 from pallas_kernels.ragged_paged_attention.gpu_tile import (
     LOG2E,
     fetch_step,
+    fetch_unit,
     logits,
     mask,
     mma_dtype,
@@ -192,6 +193,10 @@ def decode(
 
         place_of = functools.partial(unit_rows, tiles_ref, table_ref, values.shape)
 
+        def keys_from(tile, unit):
+            """How many keys of the tile's row begin at one of its units."""
+            return tiles_ref[tile, plan.KV_LEN] - (tiles_ref[tile, plan.FIRST_UNIT] + unit) * plan.UNIT
+
         def fetch_q(segment, tile, head):
             @pl.when(segment > 0)
             def _():
@@ -215,34 +220,40 @@ def decode(
                 @pl.when(step * units < workers_ref[worker, plan.FIRST_UNITS])
                 def _(step=step):
                     buffers = [[ref.at[step] for ref in refs] for refs in kv_buffers]
-                    fetch_step(kv_ref, [first_place(step * units + u) for u in range(units)], Hk, False, buffers)
+                    places = [first_place(step * units + u) for u in range(units)]
+                    fetch_step(kv_ref, places, Hk, False, buffers, [None] * units)
 
         def fetch(segment, tile, head, unit, num, step):
             fetch_q(segment, tile, head)
             num_steps = pl.cdiv(num, units)
+            num_keys = keys_from(tile, unit)
 
             @pl.loop(jnp.where(segment == 0, jnp.minimum(num_ahead, num_steps), 0), num_steps)
             def _(j):
                 slot = lax.rem(step + j, jnp.int32(stages))
                 # The last step's units past the segment's last one repeat it: masked, but finite.
-                places = [place_of(tile, head, unit + jnp.minimum(j * units + u, num - 1)) for u in range(units)]
+                ahead = [jnp.minimum(j * units + u, num - 1) for u in range(units)]
+                places = [place_of(tile, head, unit + n) for n in ahead]
                 buffers = [[ref.at[slot] for ref in refs] for refs in kv_buffers]
-                fetch_step(kv_ref, places, Hk, step + j >= stages, buffers)
+                keys = [num_keys - n * plan.UNIT for n in ahead]
+                fetch_step(kv_ref, places, Hk, step + j >= stages, buffers, keys)
 
         def fetch_fp8(part, segment, tile, head, unit, num, step):
             """K (part 0) or V (part 1), fetched ahead into ``raw`` and widened from there."""
             smem, full, free = kv_buffers[part]
             ahead = config.raw_stages - 1
             num_steps = pl.cdiv(num, units)
+            num_keys = keys_from(tile, unit)
 
             def raw_of(n):
                 slot = lax.rem(step * units + n, jnp.int32(config.raw_stages))
                 return [ref.at[part, slot] for ref in raw]
 
             def load(n):
-                slot = raw_of(n)
-                index, row = place_of(tile, head, unit + jnp.minimum(n, num - 1))
-                plgpu.copy_gmem_to_smem(kv_ref.at[index + part * Hk, pl.ds(row, plan.UNIT)], *slot)
+                at = jnp.minimum(n, num - 1)
+                index, row = place_of(tile, head, unit + at)
+                slot, arrived = raw_of(n)
+                fetch_unit(kv_ref.at[index + part * Hk], row, slot, arrived, num_keys - at * plan.UNIT)
 
             pl.loop(0, jnp.minimum(num_steps * units, ahead))(load)
             if part == 0:

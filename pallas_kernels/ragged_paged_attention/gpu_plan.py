@@ -32,9 +32,6 @@ NUM_PLACES = 8
 # worker's first (0) or last (1).
 SPLIT_TOKEN, SPLIT_TOKENS, SPLIT_HEAD, FIRST_WORKER, FIRST_SLOT, NUM_PIECES = range(6)
 
-# Splitting a tile costs a pass over its partial results: not worth it for fewer units than this.
-_MIN_WORKER_UNITS = 4
-
 
 class DecodePlan(NamedTuple):
     """Shares of all (tile, KV head, unit) triples, in that order, that take C workers the same time."""
@@ -93,7 +90,7 @@ def decode_plan(
     cost = jnp.where(units > 0, jnp.maximum(units, min_tile_units), 0)
     cost_after = jnp.cumsum(cost)
     total = cost_after[-1] * num_kv_heads
-    share = jnp.maximum(-(-total // num_workers), _MIN_WORKER_UNITS)
+    share = jnp.maximum(-(-total // num_workers), 1)
     start = jnp.arange(num_workers + 1) * share
     tile = jnp.minimum(jnp.sum(cost_after[None, :] * num_kv_heads <= start[:, None], axis=1), num_tiles - 1)
     tile_start = (cost_after - cost)[tile] * num_kv_heads

@@ -162,7 +162,7 @@ def prefill(
                 slot = lax.rem(first_step + j, jnp.int32(stages))
                 places = [place_of(tile, head, j * units + u) for u in range(units)]
                 buffers = [[ref.at[slot] for ref in refs] for refs in kv_buffers]
-                fetch_step(kv_ref, places, Hk, first_step + j >= stages, buffers)
+                fetch_step(kv_ref, places, Hk, first_step + j >= stages, buffers, [None] * units)
 
         def fetch_fp8(i, tile, head, num_steps, first_step):
             ahead = config.raw_stages - 1

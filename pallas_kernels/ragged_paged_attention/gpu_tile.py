@@ -21,6 +21,7 @@ from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec
 
 LOG2E = math.log2(math.e)
+_PART = 16  # rows of a unit that are left out of a copy together
 _NO_MAXIMUM = -1e30  # start of running maxima: finite, so that a wholly masked row has alpha = 1 and p = 0
 
 
@@ -108,12 +109,40 @@ def place_rows(
     return lax.div(place, per_block) * (2 * Hk) + head, lax.rem(place, per_block) * plan.UNIT
 
 
+def fetch_unit(
+    source: Any,  # ref [B, D]: K or V of a block and head
+    row: jax.Array,  # of the block: the unit's first
+    smem: Any,  # ref [64, D]
+    full: Any,  # the barrier of its arrival
+    num_keys: jax.Array | None = None,  # of the unit, if it may be a row's last one; any number above 64 is 64
+) -> None:
+    """Starts the copy of a unit, or of as many rows of it as hold keys, in parts of 16.
+
+    The rows after those keep what was there before. A context ends anywhere in its last unit: half a unit that is not
+    read is a twentieth of a context of 600.
+    """
+
+    def copy(size: int) -> None:
+        plgpu.copy_gmem_to_smem(source.at[pl.ds(row, size)], smem.at[pl.ds(0, size)], full)
+
+    if num_keys is None:
+        copy(plan.UNIT)
+        return
+    pl.when(num_keys > plan.UNIT - _PART)(functools.partial(copy, plan.UNIT))
+
+    @pl.when(num_keys <= plan.UNIT - _PART)
+    def _() -> None:
+        for size in range(_PART, plan.UNIT, _PART):
+            pl.when((num_keys > size - _PART) & (num_keys <= size))(functools.partial(copy, size))
+
+
 def fetch_step(
     kv_ref: Any,  # ref [N * 2 * Hk, B, D]
     places: list[tuple[jax.Array, jax.Array]],  # of the step's units: see unit_rows
     num_kv_heads: int,
     reuses: jax.Array | bool,  # whether an earlier step had these buffers
     buffers: Any,  # of K, then V: (ref [units * 64, D], the barrier of its arrival, the barrier of its release)
+    num_keys: list[jax.Array | None],  # of the step's units: see fetch_unit
 ) -> None:
     """Starts the copies of a step's keys and values, as soon as their buffers are free."""
     for part, (smem, full, free) in enumerate(buffers):
@@ -122,9 +151,9 @@ def fetch_step(
         def _(free: Any = free) -> None:
             plgpu.barrier_wait(free)
 
-        for u, (index, row) in enumerate(places):
-            source = kv_ref.at[index + part * num_kv_heads, pl.ds(row, plan.UNIT)]
-            plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(u * plan.UNIT, plan.UNIT)], full)
+        for u, ((index, row), keys) in enumerate(zip(places, num_keys, strict=True)):
+            source, target = kv_ref.at[index + part * num_kv_heads], smem.at[pl.ds(u * plan.UNIT, plan.UNIT)]
+            fetch_unit(source, row, target, full, keys)
 
 
 def widen_step(

@@ -117,7 +117,7 @@ def test_decode_workers_share_every_unit_once(
         num = tile[plan.NUM_UNITS]
         for head in range(NUM_KV_HEADS if num else 0):
             line += [None] * (min_tile_units - num) + [(t, head, unit) for unit in range(num)]
-    share = max(-(-len(line) // NUM_WORKERS), 4)
+    share = max(-(-len(line) // NUM_WORKERS), 1)
     pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of a tile and head: worker, its first piece or a later
     for w, worker in enumerate(workers):
         units = [unit for unit in line[w * share : (w + 1) * share] if unit is not None]
