@@ -339,9 +339,13 @@ def decode(
                 carry = lax.fori_loop(0, whole_end, functools.partial(step_fn, masked=False), carry)
             acc, m, l = lax.fori_loop(whole_end, num_steps, functools.partial(step_fn, masked=True), carry)
             if sinks_ref is not None:
-                # In the piece with the last unit only: the combination adds the pieces' sums.
+                # In the piece with the last unit only: the combination adds the pieces' sums. A query may see none of
+                # that piece's keys, so the sink counts for the maximum too.
                 sink = plgpu.load(sinks_ref.at[head], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                l = l + jnp.exp2(sink - m + jnp.where(unit + num == tile_units, 0.0, -jnp.inf))
+                sink = sink + jnp.where(unit + num == tile_units, 0.0, -jnp.inf)
+                m_keys, m = m, jnp.maximum(m, sink)
+                alpha = jnp.exp2(m_keys - m)
+                acc, l = acc * rows_of(alpha, acc), l * alpha + jnp.exp2(sink - m)
             l_safe = jnp.maximum(l, 1e-30)
             out = acc * rows_of(v_scale / l_safe, acc)
 
