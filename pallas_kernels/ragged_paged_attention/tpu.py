@@ -62,6 +62,8 @@ _MAX_CHUNK = {"narrow": 1024, "wide": 512}  # keys: bounds the scores, which are
 _VERIFY_TILE = 8
 _TILE_ROWS = 512  # of a wide tile: G * BQ
 _MAX_TILE = 128
+_SPARE_VMEM = 24 << 20  # for what the compiler keeps there: scores and converted K and V of a few heads
+_MAX_VMEM = (64 << 20) - _SPARE_VMEM  # for buffers: v5p and 7x have 64 MiB a core, v5e and v6e 128
 _UNROLLED_ROWS = 64  # as many KV heads as make so many rows are unrolled: enough to overlap, little enough to compile
 _TABLES = (
     3  # rows of the block table in SMEM: this tile's, the next one's (its first chunk is prefetched), one in flight
@@ -83,6 +85,11 @@ def supports(spec: AttentionSpec) -> str | None:
         return f"block_size {spec.block_size} (it does 32, 64, 128 and 256)"
     if spec.num_heads // spec.num_kv_heads > 16:
         return f"{spec.num_heads // spec.num_kv_heads} query heads to a KV head (it does up to 16)"
+    if not (_fits(spec, _VERIFY_TILE, "narrow") and _fits(spec, _SUBLANES, "wide")):
+        return (
+            f"{spec.num_kv_heads} KV heads of {spec.head_dim} in {spec.kv_dtype} with block_size {spec.block_size}: "
+            f"the buffers don't fit into {_MAX_VMEM >> 20} MiB of VMEM"
+        )
     return None
 
 
@@ -186,7 +193,16 @@ def _wide_tile(spec: AttentionSpec, num_tokens: int) -> int:
     """Query tokens of a prefill tile: a power of two that makes about ``_TILE_ROWS`` rows."""
     tile = _TILE_ROWS // (spec.num_heads // spec.num_kv_heads)
     tile = max(min(tile, _MAX_TILE, num_tokens), _SUBLANES)
-    return 1 << (tile.bit_length() - 1)
+    tile = 1 << (tile.bit_length() - 1)
+    while not _fits(spec, tile, "wide"):  # ends: supports() has refused what doesn't fit with the smallest
+        tile //= 2
+    return tile
+
+
+def _fits(spec: AttentionSpec, tile: int, kind: str) -> bool:
+    """Whether the buffers of such tiles leave the compiler its part of any generation's VMEM."""
+    shape = call_shape(spec, kv_layout(spec).storage_dim, _MAX_CHUNK[kind], tile, _MAX_CHUNK[kind], 1)
+    return shape.vmem_bytes() <= _MAX_VMEM
 
 
 def call_shape(
@@ -262,9 +278,6 @@ def _attend_tiles(
         interpret=interpret,
         name=f"ragged_paged_attention_{tile}",
     )(*scalars, *(array for array, _ in operands.values()))
-
-
-_SPARE_VMEM = 24 << 20  # for what the compiler keeps there: scores and converted K and V of a few heads
 
 
 class _Kernel:

@@ -85,16 +85,22 @@ class FakeRunner:
         self.plans.append(plan)
         for admission in plan.admissions:
             self._slots[admission.slot] = Slot(admission.token_ids.tolist(), admission.computed_len)
-        tokens = np.zeros((len(plan.slots), 1), np.int32)
+        tokens = np.zeros((len(plan.slots), 1 + int(plan.num_drafts.max(initial=0))), np.int32)
+        emitted = np.zeros(len(plan.slots), np.int32)
         for row, (number, width, samples) in enumerate(zip(plan.slots, plan.widths, plan.samples, strict=True)):
             slot = self._slots[int(number)]
-            slot.computed_len += int(width)
+            drafts = [] if plan.draft_ids is None else plan.draft_ids[row, : plan.num_drafts[row]].tolist()
+            slot.computed_len += int(width) - len(drafts)
             assert slot.computed_len <= len(slot.tokens), "a token was computed before it was known"
             if samples:
                 assert slot.computed_len == len(slot.tokens), "sampled somewhere else than at the newest token"
-                tokens[row] = next_token(slot.tokens)
-                slot.tokens.append(int(tokens[row, 0]))
-        return StepResult(plan.step_id, tokens, plan.samples.astype(np.int32), np.zeros(len(plan.slots), np.int32))
+                true = [next_token(slot.tokens)]
+                while len(true) <= len(drafts) and drafts[len(true) - 1] == true[-1]:
+                    true.append(next_token(slot.tokens + true))
+                tokens[row, : len(true)], emitted[row] = true, len(true)
+                slot.tokens += true
+                slot.computed_len += len(true) - 1
+        return StepResult(plan.step_id, tokens, emitted, plan.num_drafts.astype(np.int32))
 
     def fetch(self, step: StepResult) -> StepResult:
         self.hook("fetch", step.step_id)

@@ -5,6 +5,7 @@ The whole contract is slow here (each case compiles an unrolled interpretation);
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -107,11 +108,33 @@ def test_the_simulator_finds_a_missing_wait() -> None:
         ({"num_heads": 17, "num_kv_heads": 1}, "17 query heads"),
         ({"dtype": "float16"}, "dtype float16"),
         ({"kv_dtype": "int4"}, "kv_dtype int4"),
+        ({"num_heads": 512, "num_kv_heads": 32, "head_dim": 256, "block_size": 256}, "don't fit into 40 MiB of VMEM"),
     ],
 )
 def test_a_refusal_names_what_is_not_supported(change: dict[str, object], named: str) -> None:
     refusal = tpu.supports(make_spec(**{"block_size": 64, **change}))
     assert refusal is not None and named in refusal
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8, 16, 32])
+def test_what_is_not_refused_fits_into_every_generation(num_kv_heads: int) -> None:
+    """Buffers and the compiler's 24 MiB, of the 64 that a core has at least. Only the very largest are refused."""
+    for group, head_dim, block_size, (dtype, kv_dtype) in itertools.product(
+        (1, 2, 3, 4, 8, 16),
+        (64, 128, 256),
+        (32, 64, 128, 256),
+        [("bfloat16", "bfloat16"), ("float32", "float32"), ("bfloat16", "int8"), ("bfloat16", "float8_e4m3fn")],
+    ):
+        spec = make_spec(
+            num_heads=group * num_kv_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
+            dtype=dtype, kv_dtype=kv_dtype,
+        )  # fmt: skip
+        if tpu.supports(spec) is not None:
+            assert num_kv_heads == 32 and group >= 8 and dtype == "float32"
+            continue
+        for tile, max_chunk in ((8, 1024), (tpu._wide_tile(spec, 8192), 512)):
+            shape = tpu.call_shape(spec, tpu.kv_layout(spec).storage_dim, 256, tile, max_chunk, num_cores=1)
+            assert shape.vmem_bytes() + (24 << 20) <= 64 << 20
 
 
 def test_scratch_of_the_docstring() -> None:
