@@ -16,7 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aot_checks import check_draw, check_kernels, check_lowering, check_weights, kernel_calls, num_lowered
+from aot_checks import (
+    MIB,
+    attention_vmem,
+    check_kernels,
+    check_lowering,
+    check_memory,
+    check_sampler,
+    check_vmem,
+    check_weights,
+    kernel_calls,
+    num_lowered,
+)
 from aot_gate import CPU_LIMIT, MAX_MODEL_LEN, MAX_SEQS, ROOT, Case, cases
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -32,13 +43,13 @@ from jaxserve.sampling.tier import Tier
 from jaxserve.weights.config_file import read_model_toml
 from jaxserve.weights.quantize import abstract_params
 from pallas_kernels.ragged_paged_attention import api
+from pallas_kernels.ragged_paged_attention.tpu import SPARE_VMEM
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, RaggedBatch
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 H100_CONFIG = ROOT / "scripts" / "data" / "h100_target_config.txt"
 STEP_LAYERS = 2
 BURST_LEN = 4
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Lowered:
     donated_bytes: int  # that must be aliased
     temp_mib: int  # bound on temporary memory
     attention_layers: int = 0
-    samples: bool = False
+    tier: Tier | None = None  # of a sampler in it
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -82,21 +93,19 @@ def compile_and_check(case: Case, executables: dict[str, Lowered]) -> dict[str, 
     for name, lowered in executables.items():
         compiled = lowered.stage.compile()
         memory = compiled.memory_analysis()
-        temp_mib = memory.temp_size_in_bytes / MIB
-        figures["temp_mib"] = max(figures["temp_mib"], round(temp_mib, 1))
-        failures = []
-        if memory.alias_size_in_bytes < lowered.donated_bytes:
-            failures.append(f"{memory.alias_size_in_bytes} of {lowered.donated_bytes} donated bytes are aliased")
-        if temp_mib > lowered.temp_mib:
-            failures.append(f"{temp_mib:.1f} MiB of temporary memory, the bound is {lowered.temp_mib}")
+        figures["temp_mib"] = max(figures["temp_mib"], round(memory.temp_size_in_bytes / MIB, 1))
+        failures = check_memory(memory, lowered.donated_bytes, lowered.temp_mib)
         failures += check_weights(compiled.as_text())
         kernels = kernel_calls(compiled.as_text())
         failures += check_lowering(num_lowered(lowered.stage.as_text()), len(kernels))
         if lowered.attention_layers:
             figures["kernels"] = dict(sorted(kernels.items()))
             failures += check_kernels(case, kernels, lowered.attention_layers)
-        if lowered.samples:
-            failures += check_draw(case, kernels)
+        if vmem := attention_vmem(compiled.as_text()):
+            figures["vmem_mib"] = {name: round(used, 2) for name, (_, used) in vmem.items()}
+            failures += check_vmem(vmem, SPARE_VMEM >> 20)
+        if lowered.tier is not None:
+            failures += check_sampler(case, kernels, truncates=lowered.tier.covers(Tier.TRUNCATED))
         figures["failures"] += [f"{name}: {failure}" for failure in failures]
     return figures
 
@@ -157,7 +166,7 @@ def lower_step(case: Case, mesh: Any) -> dict[str, Lowered]:
 def lower_sampler(compiler: Compiler, tier: Tier) -> dict[str, Lowered]:
     logits_bytes = 4 * MAX_SEQS * compiler.config.vocab_size  # float32
     task = compiler.sample(SampleKey(tier, 0, MAX_SEQS))
-    return {"sample": lower_task(task, math.ceil(8 * logits_bytes / MIB), samples=True)}
+    return {"sample": lower_task(task, math.ceil(8 * logits_bytes / MIB), tier=tier)}
 
 
 def lower_full_sampler(case: Case, mesh: Any) -> dict[str, Lowered]:
@@ -167,15 +176,14 @@ def lower_full_sampler(case: Case, mesh: Any) -> dict[str, Lowered]:
 
 def lower_burst(case: Case, mesh: Any) -> dict[str, Lowered]:
     """Several decode steps in one call."""
-    burst = step_compiler(case, mesh, STEP_LAYERS).burst(
-        BurstKey(Tier.PLAIN, case.num_tokens, case.num_tokens, BURST_LEN)
-    )
-    return {"burst": lower_task(burst, case.temp_mib, attention_layers=STEP_LAYERS, samples=True)}
+    key = BurstKey(Tier.PLAIN, case.num_tokens, case.num_tokens, BURST_LEN)
+    burst = step_compiler(case, mesh, STEP_LAYERS).burst(key)
+    return {"burst": lower_task(burst, case.temp_mib, attention_layers=STEP_LAYERS, tier=key.tier)}
 
 
-def lower_task(task: Task, temp_mib: int, *, attention_layers: int = 0, samples: bool = False) -> Lowered:
+def lower_task(task: Task, temp_mib: int, *, attention_layers: int = 0, tier: Tier | None = None) -> Lowered:
     donated = num_bytes([task.args[i] for i in task.donate])
-    return Lowered(task.lower(), donated, temp_mib, attention_layers, samples)
+    return Lowered(task.lower(), donated, temp_mib, attention_layers, tier)
 
 
 def step_compiler(case: Case, mesh: Any, num_layers: int | None) -> Compiler:

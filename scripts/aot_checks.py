@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from typing import Any
 
 from aot_gate import Case
+
+MIB = 1 << 20
+VMEM_SLACK = 6  # MiB: what it keeps between instructions (4.2 of widened int8 on 7x), less buffers that share a place
 
 
 def kernel_calls(program: str) -> Counter[str]:
@@ -23,10 +27,44 @@ def check_kernels(case: Case, kernels: Counter[str], num_layers: int) -> list[st
     return [f"{attention} of our kernels; {case.attention_kernels} in each of {num_layers} layers expected"]
 
 
-def check_draw(case: Case, kernels: Counter[str]) -> list[str]:
-    """A sampler draws once."""
-    calls = kernels["gumbel_argmax"]
-    return [] if calls == case.draw_kernels else [f"{calls} kernels draw; {case.draw_kernels} expected"]
+def check_sampler(case: Case, kernels: Counter[str], *, truncates: bool) -> list[str]:
+    """A sampler draws once and, if it truncates, finds one threshold a row: by our kernels, where they are."""
+    expected = {"gumbel_argmax": case.sampler_kernels, "truncation_threshold": case.sampler_kernels * truncates}
+    return [
+        f"{kernels[name]} kernels {name}; {calls} expected"
+        for name, calls in expected.items()
+        if kernels[name] != calls
+    ]
+
+
+def check_memory(memory: Any, donated_bytes: int, temp_mib: int) -> list[str]:
+    """What is donated is aliased, and the temporary memory within its bound.
+
+    ``memory``: of ``jax.stages.Compiled.memory_analysis()``.
+    """
+    failures = []
+    if memory.alias_size_in_bytes < donated_bytes:
+        failures.append(f"{memory.alias_size_in_bytes} of {donated_bytes} donated bytes are aliased")
+    if memory.temp_size_in_bytes > temp_mib * MIB:
+        found = memory.temp_size_in_bytes / MIB
+        failures.append(f"{found:.1f} MiB of temporary memory, the bound is {temp_mib}")
+    return failures
+
+
+def attention_vmem(program: str) -> dict[str, tuple[float, float]]:
+    """For each of our attention kernels in a program for TPU: MiB of VMEM that it may use, and that it does use."""
+    size = r'scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
+    found = re.findall(rf'/(ragged_paged_attention_\d+)/.*?"{size}.*?"used_{size}', program)
+    return {name: (int(limit) / MIB, int(used) / MIB) for name, limit, used in found}
+
+
+def check_vmem(vmem: dict[str, tuple[float, float]], spare_mib: int) -> list[str]:
+    """The kernel's own derivation, which is ``spare_mib`` below its limit, is what the compiler reports."""
+    return [
+        f"{name} uses {used:.1f} MiB of VMEM, {limit - spare_mib:.1f} were derived"
+        for name, (limit, used) in vmem.items()
+        if abs(used - (limit - spare_mib)) > VMEM_SLACK
+    ]
 
 
 def num_lowered(module: str) -> int:

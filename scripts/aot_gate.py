@@ -11,7 +11,8 @@ be refused. A case passes if
 - it compiles: the compilers refuse a kernel that overflows VMEM, SMEM or shared memory;
 - the donated KV pool is aliased to the output in whole, so that it is written in place;
 - temporary memory is under the case's bound, far below the pool's size: a copy of the pool is found;
-- every layer's attention is our kernels, all of them, by name: nothing fell back to XLA; on H100 so is the draw;
+- every layer's attention is our kernels, all of them, by name: nothing fell back to XLA; on H100 so are the draw and
+  the threshold of top-k and top-p; on TPU the compiler reports the VMEM that the kernel derives;
 - each kernel is lowered once, however many layers call it;
 - no weight in 8 bits is widened to a copy: the matrix products read it as it is.
 
@@ -90,8 +91,8 @@ class Case:
         return 3 if self.target == "h100" and self.num_tokens > MAX_SEQS else 2
 
     @property
-    def draw_kernels(self) -> int:
-        """Of a sampler."""
+    def sampler_kernels(self) -> int:
+        """That draw, and that find thresholds, in a sampler."""
         return int(self.target == "h100")
 
     @property
@@ -117,10 +118,12 @@ def cases() -> list[Case]:
             ("mixed_d64", 512, 48, {"head_dim": 64}),
             ("mixed_d256_window", 512, 48, {"head_dim": 256, "num_heads": 4, "num_kv_heads": 1, "sliding_window": 512}),
         ]
-        if target != "h100":
+        if target == "h100":
+            ops.append(("mixed_block128", 512, 48, {"block_size": 128}))
+        else:
             ops += [
                 ("mixed_int8", 512, 96, {"kv_dtype": "int8"}),
-                ("mixed_block32", 512, 48, {"block_size": 32}),
+                *((f"mixed_block{size}", 512, 48, {"block_size": size}) for size in (32, 64, 256)),
                 ("mixed_float32", 512, 48, {"dtype": "float32", "kv_dtype": "float32"}),
                 ("mixed_soft_cap_sinks_g16", 512, 48, {"soft_cap": 30.0, "has_sinks": True, "num_kv_heads": 2}),
             ]

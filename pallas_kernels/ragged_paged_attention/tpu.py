@@ -33,7 +33,7 @@ core.
 
 VMEM: 2 chunks, 4 q/o tiles, one q tile and the softmax state in float32 (``vmem_bytes``). Llama-3.1-8B (Hk 8, G 4,
 D 128, bf16): decode 4.2 MiB, verify (BQ 8) 4.9, prefill (BQ 128) 18.0, of 128 MiB (v5e, v6e) and 64 MiB (v5p and 7x,
-per core). The compiler reports the same for v5e's decode and verify: 4.17 and 4.89 MiB.
+per core). The compilers report 4.3, 5.0 to 5.1 and 19.0 to 20.3 MiB: docs/tpu.md has each generation's.
 
 Shape letters: see types.py. Ds the pool's storage dim (D padded to 128), M tiles.
 """
@@ -62,8 +62,8 @@ _MAX_CHUNK = {"narrow": 1024, "wide": 512}  # keys: bounds the scores, which are
 _VERIFY_TILE = 8
 _TILE_ROWS = 512  # of a wide tile: G * BQ
 _MAX_TILE = 128
-_SPARE_VMEM = 24 << 20  # for what the compiler keeps there: scores and converted K and V of a few heads
-_MAX_VMEM = (64 << 20) - _SPARE_VMEM  # for buffers: v5p and 7x have 64 MiB a core, v5e and v6e 128
+SPARE_VMEM = 24 << 20  # for what the compiler keeps there: scores and converted K and V of a few heads
+_MAX_VMEM = (64 << 20) - SPARE_VMEM  # for buffers: v5p and 7x have 64 MiB a core, v5e and v6e 128
 _UNROLLED_ROWS = 64  # as many KV heads as make so many rows are unrolled: enough to overlap, little enough to compile
 _TABLES = (
     3  # rows of the block table in SMEM: this tile's, the next one's (its first chunk is prefetched), one in flight
@@ -273,7 +273,7 @@ def _attend_tiles(
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         input_output_aliases={len(scalars): 0},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=shape.vmem_bytes() + _SPARE_VMEM
+            dimension_semantics=("parallel",), vmem_limit_bytes=shape.vmem_bytes() + SPARE_VMEM
         ),
         interpret=interpret,
         name=f"ragged_paged_attention_{tile}",

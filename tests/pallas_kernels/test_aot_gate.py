@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 _SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -66,11 +69,52 @@ def test_attention_that_fell_back_to_xla_is_found() -> None:
     assert checks.check_kernels(_case("h100", num_tokens=512), whole, num_layers=2)  # three kernels a layer
 
 
-def test_a_draw_that_fell_back_to_xla_is_found() -> None:
+def test_a_sampler_that_fell_back_to_xla_is_found() -> None:
     draw = checks.kernel_calls(_compiled(("mosaic_gpu_v2", "gumbel_argmax")))
     nothing = checks.kernel_calls("")
-    assert not checks.check_draw(_case("h100"), draw) and not checks.check_draw(_case("v5e"), nothing)
-    assert checks.check_draw(_case("h100"), nothing)
+    both = checks.kernel_calls(_compiled(("mosaic_gpu_v2", "gumbel_argmax"), ("mosaic_gpu_v2", "truncation_threshold")))
+    assert not checks.check_sampler(_case("h100"), draw, truncates=False)
+    assert not checks.check_sampler(_case("h100"), both, truncates=True)
+    assert not checks.check_sampler(_case("v5e"), nothing, truncates=True)
+    assert checks.check_sampler(_case("h100"), nothing, truncates=False)
+    assert checks.check_sampler(_case("h100"), draw, truncates=True)
+    assert checks.check_sampler(_case("h100"), both, truncates=False)
+
+
+def test_a_pool_that_is_copied_and_a_large_temporary_are_found() -> None:
+    """Compiled for CPU: with and without donation, and a product whose operand has to be made first."""
+    pool, small = jnp.zeros((1024, 1024)), jnp.zeros((1024,))
+
+    def memory(function: Any, *donate: int) -> Any:
+        return jax.jit(function, donate_argnums=donate).lower(pool, small).compile().memory_analysis()
+
+    def write(pool: jax.Array, row: jax.Array) -> jax.Array:
+        return pool.at[3].set(row)
+
+    def square(pool: jax.Array, row: jax.Array) -> jax.Array:
+        return jnp.sin(pool) @ row
+
+    assert not checks.check_memory(memory(write, 0), donated_bytes=pool.nbytes, temp_mib=1)
+    assert checks.check_memory(memory(write), donated_bytes=pool.nbytes, temp_mib=1) == [
+        "0 of 4194304 donated bytes are aliased"
+    ]
+    assert not checks.check_memory(memory(square), donated_bytes=0, temp_mib=4)
+    (failure,) = checks.check_memory(memory(square), donated_bytes=0, temp_mib=3)
+    assert failure.endswith("MiB of temporary memory, the bound is 3")
+
+
+def test_vmem_that_is_not_what_was_derived_is_found() -> None:
+    size = '"{}scoped_memory_configs":[{{"memory_space":"1","offset":"16384","size":"{}"}}]'
+    program = "\n".join(
+        f'custom-call(), metadata={{op_name="jit(f)/{name}/pallas_call"}}, '
+        f'backend_config={{{size.format("", 30 << 20)},"body":"x",{size.format("used_", used << 20)}}}'
+        for name, used in (("kv_write", 1), ("ragged_paged_attention_8", 7), ("ragged_paged_attention_128", 13))
+    )
+    vmem = checks.attention_vmem(program)
+    assert vmem == {"ragged_paged_attention_8": (30, 7), "ragged_paged_attention_128": (30, 13)}
+    assert checks.check_vmem(vmem, spare_mib=24) == [
+        "ragged_paged_attention_128 uses 13.0 MiB of VMEM, 6.0 were derived"
+    ]
 
 
 def test_a_kernel_that_each_layer_lowers_is_found() -> None:
