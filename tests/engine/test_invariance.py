@@ -66,7 +66,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_ids_whatever_the_way(tiny, work, way):
+def test_row_50_the_same_ids_whatever_the_way(tiny, work, way):
     """All in one batch; then again, with the prefix cache warm."""
     prompts, params, wanted = work
     with tiny("llama").llm(**WAYS[way]) as llm:
@@ -226,7 +226,7 @@ def test_unseeded_requests_differ(tiny):
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("way", ["at once", "chunks of 7", "run_ahead 0", "run_ahead 3", "preempted"])
-def test_speculation_is_invisible(tiny, speculative, work, way, adaptive):
+def test_row_40_speculation_is_invisible(tiny, speculative, work, way, adaptive):
     """Also through the settings that are hard on drafts; some drafts must be accepted, and some rejected."""
     prompts, params, wanted = work
     rule = {} if adaptive else {"adaptive_drafts": None}

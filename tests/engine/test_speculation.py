@@ -44,7 +44,7 @@ def num_drafts(llm):
 
 @pytest.mark.parametrize("rule", [EAGER, {}], ids=["always", "adaptive"])
 @pytest.mark.parametrize("K", [1, 2, 4, 8])
-def test_every_setting_in_one_batch(drafting, want, reference, K, rule):
+def test_row_39_every_setting_in_one_batch(drafting, want, reference, K, rule):
     """Then again with a warm prefix cache. Drafts must have been accepted, and rejected."""
     texts, params = requests()
     with drafting(1 if K == 1 else LONGEST).llm(max_drafts=K, **rule) as llm:
@@ -59,7 +59,7 @@ def test_every_setting_in_one_batch(drafting, want, reference, K, rule):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_setting_alone(drafting, want, reference, name):
+def test_row_15_16_17_18_each_setting_alone(drafting, want, reference, name):
     """One row: its step is the narrowest that is compiled."""
     at = list(CASES).index(name)
     params = [CASES[name]]
@@ -91,7 +91,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_whatever_the_way(drafting, want, reference, way):
+def test_row_19_whatever_the_way(drafting, want, reference, way):
     texts, params = requests()
     if way == "priority":
         params = [p.with_changes(priority=-i % 5) for i, p in enumerate(params)]
@@ -200,7 +200,7 @@ def test_families_and_draft_lengths(tiny, reference, name, K):
 
 
 @pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_over_several_devices(tiny, tp):
+def test_row_25_over_several_devices(tiny, tp):
     """Sharded and drafting against one device without drafts."""
     texts, params = requests()
     with tiny("dummy", **SMALL).llm() as llm:

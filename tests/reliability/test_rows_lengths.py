@@ -1,4 +1,6 @@
-"""Rows 1 to 8 of the catalogue: lengths, limits and what may be written, on a real engine that drafts."""
+"""Rows 1 to 9 of the catalogue: lengths, limits and what may be written, on a real engine that drafts."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -146,14 +148,20 @@ def poison(llm, value):
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])
-def test_row_08_drafts_ahead_of_the_host_at_block_boundaries(engine, cases, run_ahead):
-    """Steps run up to run_ahead * (K + 1) tokens ahead of what the host knows, over every offset in a block."""
+def test_row_08_09_drafts_ahead_of_the_host_at_block_boundaries(engine, cases, run_ahead):
+    """Steps run up to run_ahead * (K + 1) tokens ahead of what the host knows, over every offset in a block.
+
+    K + 1 tokens may begin two blocks at once.
+    """
+    new_blocks = []
     with serve(engine, run_ahead=run_ahead, enable_prefix_caching=False) as llm:
         poison(llm, 1e4)
+        llm.engine.core.runner.before = lambda plan: new_blocks.extend(Counter(plan.table_updates[:, 0]).values())
         prompts = [case.prompt for case in cases]
         assert {(len(prompt) + i) % BLOCK for prompt in prompts for i in range(BLOCK)} == set(range(BLOCK))
         assert ids(llm, cases) == [case.answer for case in cases]
         assert idle(llm)["num_accepted_tokens"] > 0
+    assert max(new_blocks) == 2
 
 
 def test_row_08_is_seen_where_the_device_misses_a_table_entry(engine, cases):

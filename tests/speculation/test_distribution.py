@@ -103,7 +103,7 @@ DRAFTERS = ("none right", "constant", "random", "a coupled model", "the target")
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("name", PARAMS)
-def test_the_distribution_is_the_targets(name, drafter):
+def test_row_38_the_distribution_is_the_targets(name, drafter):
     params, tier = PARAMS[name], TIERS[name]
     state, tokens = start(params)
     none = jnp.zeros((S, 0), jnp.int32)
