@@ -12,7 +12,7 @@ be refused. A case passes if
 - the donated KV pool is aliased to the output in whole, so that it is written in place;
 - temporary memory is under the case's bound, far below the pool's size: a copy of the pool is found;
 - every layer's attention is our kernels, all of them, by name: nothing fell back to XLA; on H100 so are the draw and
-  the threshold of top-k and top-p; on TPU the compiler reports the VMEM that the kernel derives;
+  the threshold of top-k and top-p; on TPU the compiler reports of an op the VMEM that it derives;
 - each kernel is lowered once, however many layers call it;
 - no weight in 8 bits is widened to a copy: the matrix products read it as it is.
 
