@@ -31,3 +31,11 @@ def cases():
     from serving import make_cases
 
     return make_cases()
+
+
+@pytest.fixture(scope="package")
+def oracle():
+    """Dense attention over the whole prefix."""
+    from dense_reference import Reference
+
+    return Reference("llama")

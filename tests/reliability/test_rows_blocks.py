@@ -1,13 +1,15 @@
-"""Rows 10, 30, 33 to 35, 44, 45 and 49: blocks that are shared, evicted, scarce; and nothing compiled meanwhile."""
+"""Rows 10, 30 to 35, 44, 45, 49, 50: blocks that are shared, evicted, scarce; and nothing compiled meanwhile."""
 
 import dataclasses
 import random
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from serving import BLOCK, CONTEXT, GREEDY, OUTPUT_LEN, generate, idle, ids, running, serve
+from serving import BLOCK, CONTEXT, GREEDY, OUTPUT_LEN, K, generate, idle, ids, running, serve
+from speculation_cases import SMALL
 from test_planted_bugs import (
     row10_idle_hits_are_not_charged,
     row30_drafts_in_flight_are_published,
@@ -15,12 +17,16 @@ from test_planted_bugs import (
     row34_blocks_are_freed_twice,
     row35_a_held_block_is_evicted,
 )
+from test_rows_lengths import fill
+from tiny_engines import GOLDEN, Tiny
 
 from jaxserve import CompileAfterWarmupError, EngineDeadError
+from jaxserve.config import SpeculativeConfig
 from jaxserve.engine import core as core_module
 from jaxserve.engine.prompts import split_prompts
 from jaxserve.engine.submission import Submission
 from jaxserve.scheduler.planner import Planner
+from jaxserve.scheduler.prefix_cache import PrefixCache
 from jaxserve.scheduler.scheduler import Scheduler
 
 LONGEST = -(-(CONTEXT - 1) // BLOCK)  # blocks that the longest choice needs alone
@@ -139,6 +145,102 @@ def test_row_30_is_seen_when_planted(engine, cases, monkeypatch):
         test_row_30_accepted_tokens_are_cached_and_drafts_are_not(engine, cases, 3)
 
 
+@pytest.fixture(scope="module")
+def drafting_itself(engine):
+    """Its draft model is the target, so each draft is right: the engine of test_speculation_model.py."""
+    config = SpeculativeConfig(method="draft_model", model=str(GOLDEN / "tiny" / "llama"), num_speculative_tokens=K)
+    tiny = Tiny("llama", engine.config.tokenizer, **SMALL, speculative_config=config)
+    yield tiny
+    tiny.close()
+
+
+def change_pools(llm, change, models=slice(None)):
+    """Overwrites the KV pools of some models, [0] is the target; nothing may be in flight."""
+    real = llm.engine.core.runner.real
+    pools = list(real._kv)
+    pools[models] = jax.tree.map(lambda pool: jax.device_put(change(np.asarray(pool)), pool.sharding), pools[models])
+    real._kv = tuple(pools)
+
+
+def check_hits(llm, cases, between=lambda: None):
+    """Prompts that go on from cached answers: what is found in the cache, and what is accepted after it."""
+    assert ids(llm, cases) == [case.answer for case in cases]
+    before = idle(llm)
+    between()
+    prompts = [case.prompt + case.answer[:12] for case in cases]
+    outputs = generate(llm, prompts, GREEDY.with_changes(max_tokens=OUTPUT_LEN - 12))
+    after = idle(llm)
+    assert [o.outputs[0].token_ids for o in outputs] == [case.answer[12:] for case in cases]
+    drafted, accepted = (after[name] - before[name] for name in ("num_drafted_tokens", "num_accepted_tokens"))
+    assert accepted == drafted > 100
+    found = sum(output.metrics.num_cached_tokens for output in outputs)
+    assert found >= 0.9 * sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
+
+
+@pytest.mark.parametrize("run_ahead", [0, 2])
+def test_row_31_drafts_after_a_prefix_hit_are_as_right_as_before(drafting_itself, cases, run_ahead):
+    """A hit brings the draft model's keys as well: all drafts are right, nine tenths of all whole blocks are found."""
+    with serve(drafting_itself, run_ahead=run_ahead) as llm:
+        check_hits(llm, cases)
+
+
+def test_row_31_is_seen_where_a_hit_brings_no_keys_of_the_draft_model(drafting_itself, cases):
+    """vLLM #47930: the answers stay right, the drafts don't."""
+    with serve(drafting_itself) as llm, pytest.raises(AssertionError, match=r"^assert \d+ == \d+"):
+        check_hits(llm, cases, lambda: change_pools(llm, np.zeros_like, slice(1, 2)))
+
+
+def test_row_31_is_seen_where_hits_are_cut_short(drafting_itself, cases, monkeypatch):
+    correct = PrefixCache.match
+
+    def match(self, root, token_ids):
+        return correct(self, root, token_ids[: 2 * BLOCK])
+
+    monkeypatch.setattr(PrefixCache, "match", match)
+    with serve(drafting_itself) as llm, pytest.raises(AssertionError, match=r"0\.9"):
+        check_hits(llm, cases)
+
+
+def draft_up_to(llm, cases, limit):
+    """Where drafts were verified: lengths of the text before them. Every draft must be right."""
+    lengths = set()
+
+    def look(plan, result):
+        for row in np.flatnonzero(result.num_drafted):
+            assert result.num_emitted[row] == 1 + result.num_drafted[row], plan.choices[row].tokens_len
+            lengths.add(plan.choices[row].tokens_len)
+        return result
+
+    llm.engine.core.runner.fetched = look
+    fill(llm, cases, limit)
+    return lengths
+
+
+@pytest.mark.parametrize("limit", [17, 32, 33])
+def test_row_32_the_draft_model_is_right_up_to_the_limit_and_after_it(drafting_itself, cases, limit):
+    """The last draft is for the context's last place but one; whoever comes after that is drafted for as before."""
+    with serve(drafting_itself, max_model_len=limit, run_ahead=0, enable_prefix_caching=False) as llm:
+        for _ in range(2):
+            lengths = draft_up_to(llm, cases, limit)
+            assert max(lengths) <= limit - 2 and lengths & {limit - 4, limit - 3, limit - 2}
+
+
+def test_row_32_is_seen_where_drafts_are_dead_behind_a_position(drafting_itself, cases, monkeypatch):
+    """vLLM #22935: garbage from there on. The answers stay right."""
+    with serve(drafting_itself, max_model_len=33, run_ahead=0) as llm, pytest.raises(EngineDeadError):
+        for key, propose in llm.engine.core.runner.real.executables.propose.items():
+
+            def blind(params, kv, slots, propose=propose):
+                kv, slots = propose(params, kv, slots)
+                drafts = slots.plan.drafts
+                if np.asarray(slots.tokens_len).max() > 25:
+                    drafts = jax.device_put(np.zeros_like(drafts), drafts.sharding)
+                return kv, dataclasses.replace(slots, plan=dataclasses.replace(slots.plan, drafts=drafts))
+
+            monkeypatch.setitem(llm.engine.core.runner.real.executables.propose, key, blind)
+        draft_up_to(llm, cases, 33)
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_row_44_preemptions_are_few(engine, cases, policy):
     """A pool for about one long choice and a half, ten that want it: no thrashing between them."""
@@ -201,3 +303,31 @@ def test_row_49_every_shape_that_a_schedule_can_reach_was_compiled(engine, cases
                 generate(llm, [case.prompt for case in cases[-num_rows:]], params)
         assert idle(llm)["num_compiles_while_serving"] == 0
     assert {rows for rows, *_ in seen} == {1, 2, 3, 4} and {drafts for _, drafts, _ in seen} == {True, False}
+
+
+def check_hit_lengths(llm, cases, between=lambda: None):
+    """Each prompt behind every number of its cached blocks."""
+    work = [case for case in cases if len(case.prompt) > BLOCK]
+    for case in work:
+        for num_blocks in range((len(case.prompt) - 1) // BLOCK + 1):
+            llm.reset_prefix_cache()
+            if num_blocks:
+                generate(llm, [case.prompt[: num_blocks * BLOCK + 1]], GREEDY.with_changes(max_tokens=1))
+            between()
+            (output,) = generate(llm, [case.prompt])
+            assert output.metrics.num_cached_tokens == num_blocks * BLOCK
+            assert output.outputs[0].token_ids == case.answer
+
+
+def test_row_50_a_prompt_gets_one_answer_whatever_is_cached_of_it(engine, cases):
+    with serve(engine) as llm:
+        check_hit_lengths(llm, cases)
+
+
+def test_row_50_is_seen_where_cached_keys_are_rounded_otherwise(engine, cases):
+    with serve(engine) as llm, pytest.raises(AssertionError, match=r"^assert \["):
+        check_hit_lengths(
+            llm,
+            cases,
+            lambda: idle(llm) and change_pools(llm, lambda pool: pool.astype(jnp.bfloat16).astype(pool.dtype)),
+        )

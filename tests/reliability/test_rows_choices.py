@@ -1,16 +1,19 @@
-"""Rows 24 to 29, 37, 41, 43 and 48: no choice's answer depends on the others, on preemption, aborts or padding."""
+"""Rows 24 to 29, 37, 41, 43, 48: no answer depends on drafts, neighbours, preemption, aborts or padding."""
 
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from serving import CONTEXT, GREEDY, K, generate, idle, ids, knows, running, serve
+from speculation_cases import SMALL, requests, speculative
 from test_planted_bugs import (
     row26_results_of_an_older_epoch_are_applied,
     row37_the_last_rejection_is_not_counted,
     row43_a_resumed_choice_loses_its_output,
 )
+from tiny_engines import Tiny
 
 from jaxserve import EngineDeadError, SamplingParams
 from jaxserve.engine.core import EngineCore
@@ -44,6 +47,59 @@ def test_row_24_is_seen_where_noise_hangs_on_the_order_of_admission(engine, case
     monkeypatch.setattr(runner_module, "host_row", host_row)
     with pytest.raises(AssertionError):
         test_row_24_a_seed_says_the_same_beside_unseeded_rows_and_rows_without_drafts(engine, cases)
+
+
+@pytest.fixture(scope="module")
+def on_two_devices(engine):
+    """The engine of test_speculation.py, whose executables needn't be compiled again."""
+    shape = {**SMALL, "tensor_parallel_size": 2, "speculative_config": speculative(4)}
+    tiny = Tiny("dummy", engine.config.tokenizer, **shape)
+    yield tiny
+    tiny.close()
+
+
+def watch_devices(llm):
+    """Looks after every step whether all devices hold the same tokens, and as many of them."""
+
+    def look(plan):
+        slots = llm.engine.core.runner.real._slots
+        for known in (slots.tokens, slots.tokens_len, slots.computed_len):
+            first, *others = (np.asarray(shard.data) for shard in known.addressable_shards)
+            assert len(others) == 1 and all(np.array_equal(first, other) for other in others), plan.step_id
+
+    llm.engine.core.runner.dispatched = look
+
+
+@pytest.mark.parametrize("run_ahead", [0, 2])
+def test_row_25_all_devices_accept_the_same(on_two_devices, run_ahead):
+    """Every setting in one batch, greedy and sampled: one acceptance, replicated by construction."""
+    with serve(on_two_devices, run_ahead=run_ahead) as llm:
+        watch_devices(llm)
+        generate(llm, *requests())
+        stats = idle(llm)
+        assert 0 < stats["num_accepted_tokens"] < stats["num_drafted_tokens"]
+
+
+def test_row_25_is_seen_where_devices_compare_with_other_drafts(on_two_devices):
+    """The second device holds drafts of its own, so it accepts fewer."""
+    with serve(on_two_devices, run_ahead=0) as llm, pytest.raises(EngineDeadError):
+        watch_devices(llm)
+        real = llm.engine.core.runner.real
+        executables = real.executables
+
+        def stage(slots, packet):
+            slots = executables.stage(slots, packet)
+            drafts = slots.plan.drafts
+            first, second = (shard.data for shard in drafts.addressable_shards)
+            second = jax.device_put(np.zeros_like(second), second.sharding)
+            drafts = jax.make_array_from_single_device_arrays(drafts.shape, drafts.sharding, [first, second])
+            return dataclasses.replace(slots, plan=dataclasses.replace(slots.plan, drafts=drafts))
+
+        real.executables = dataclasses.replace(executables, stage=stage)
+        try:
+            generate(llm, *requests())
+        finally:
+            real.executables = executables
 
 
 WATCHED = GREEDY.with_changes(stop="never said")  # a stop string: the caller hears of every step
