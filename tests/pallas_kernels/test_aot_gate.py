@@ -103,6 +103,18 @@ def test_a_pool_that_is_copied_and_a_large_temporary_are_found() -> None:
     assert failure.endswith("MiB of temporary memory, the bound is 3")
 
 
+def test_a_case_is_judged_by_its_memory() -> None:
+    aot_case = _load("aot_case")
+    pool, row = jnp.zeros((1024, 1024)), jnp.zeros((1024,))
+
+    def failures(*donate: int) -> list[str]:
+        stage = jax.jit(lambda pool, row: pool.at[3].set(row), donate_argnums=donate).lower(pool, row)
+        return aot_case.compile_and_check(_case("v5e"), {"op": aot_case.Lowered(stage, pool.nbytes, 1)})["failures"]
+
+    assert failures(0) == []
+    assert failures() == ["op: 0 of 4194304 donated bytes are aliased"]
+
+
 def test_vmem_that_is_not_what_was_derived_is_found() -> None:
     size = '"{}scoped_memory_configs":[{{"memory_space":"1","offset":"16384","size":"{}"}}]'
     program = "\n".join(
