@@ -38,7 +38,7 @@ LONGEST = [
     "engine/test_quantization.py", "engine/test_on_gpu.py", "engine/test_kv_dtype.py", "sampling/test_sampler.py",
     "engine/test_core_sampling.py", "speculation/test_twin.py", "pallas_kernels/test_ragged_paged_attention.py",
     "models/test_quantized.py", "models/test_model_sharding.py", "engine/test_core_exact.py",
-    "reliability/test_rows_choices.py", "engine/test_core_sharding.py",
+    "reliability/test_rows_choices.py", "reliability/test_rows_blocks.py", "engine/test_core_sharding.py",
 ]  # fmt: skip
 
 
