@@ -19,7 +19,7 @@ import numpy as np
 from jaxserve.sampling_params import RepetitionDetection, SamplingParams
 from jaxserve.scheduler import Choice, Scheduler, SchedulerConfig, StepPlan, StepResult
 from jaxserve.scheduler.prefix_cache import PrefixCache
-from jaxserve.scheduler.repetition import repeated_pattern_len
+from jaxserve.scheduler.repetition import LoopFinder
 
 MAX_MODEL_LEN = 8192
 VOCAB_SIZE = 150_000
@@ -127,8 +127,8 @@ def detection_seconds(args: argparse.Namespace) -> float:
     """Mean seconds of one look at a text-like tail: few distinct tokens, no loop."""
     rng = random.Random(args.seed)
     tails = [array("i", [min(int(rng.expovariate(0.02)), 400) for _ in range(512)]) for _ in range(256)]
-    rule = RepetitionDetection()
-    return best_of(args.repeats, lambda: [repeated_pattern_len(tail, rule, len(tail)) for tail in tails]) / len(tails)
+    finder = LoopFinder(RepetitionDetection())
+    return best_of(args.repeats, lambda: [finder.pattern_len(tail, len(tail)) for tail in tails]) / len(tails)
 
 
 def main() -> None:

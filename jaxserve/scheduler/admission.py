@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler.adaptive import DraftLen
 from jaxserve.scheduler.config import SchedulerConfig
-from jaxserve.scheduler.repetition import LOOK_EVERY
+from jaxserve.scheduler.repetition import LOOK_EVERY, LoopFinder
 from jaxserve.scheduler.request import Choice
 from jaxserve.scheduler.width import limit_len
 
@@ -75,7 +75,10 @@ def prepare(choice: Choice, config: SchedulerConfig, arrival: int) -> None:
         max_drafts = 0  # the device can't look up drafts for masks that it doesn't have
     choice.draft_len = DraftLen(max_drafts, config.adaptive_drafts)
     if params.repetition_detection is not None:
-        choice.repetition, choice.repetition_stops = params.repetition_detection, True
+        choice.loop_finder, choice.repetition_stops = LoopFinder(params.repetition_detection), True
     elif config.repetition != "off":
-        choice.repetition, choice.repetition_stops = config.repetition_detection, config.repetition == "stop"
-    choice.repetition_at = LOOK_EVERY if choice.repetition is not None else NEVER
+        choice.loop_finder, choice.repetition_stops = (
+            LoopFinder(config.repetition_detection),
+            config.repetition == "stop",
+        )
+    choice.repetition_at = LOOK_EVERY if choice.loop_finder is not None else NEVER

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
 
-from jaxserve.sampling_params import RepetitionDetection, SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.adaptive import DraftLen
+from jaxserve.scheduler.repetition import LoopFinder
 
 if TYPE_CHECKING:
     from jaxserve.scheduler.siblings import Siblings
@@ -75,6 +76,7 @@ class Choice:
         "in_flight_len",
         "index",
         "limit_len",
+        "loop_finder",
         "max_output_len",
         "min_output_len",
         "num_cached_tokens",
@@ -91,7 +93,6 @@ class Choice:
         "publish_at",
         "quiet_len",
         "refusal",
-        "repetition",
         "repetition_at",
         "repetition_stops",
         "request_id",
@@ -163,7 +164,7 @@ class Choice:
         self.publish_at = 0  # computed_len from which the next block can be published
         # stopping
         self.stop_ids: frozenset[int] = frozenset()
-        self.repetition: RepetitionDetection | None = None
+        self.loop_finder: LoopFinder | None = None
         self.repetition_stops = False
         self.repetition_at = 0  # output length of the next look
         self.quiet_len = 0  # an output shorter than this, without a stop id, goes on and has nothing to publish

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxserve.scheduler.repetition import LOOK_EVERY, repeated_pattern_len
+from jaxserve.scheduler.repetition import LOOK_EVERY
 from jaxserve.scheduler.request import Choice, FinishReason
 from jaxserve.scheduler.stats import SchedulerStats
 
@@ -25,20 +25,20 @@ def append_tokens(
     if before + len(token_ids) >= choice.max_output_len:
         del token_ids[choice.max_output_len - before :]
         reason = "length"
-    stops = not choice.stop_ids.isdisjoint(token_ids)  # seldom: most that come by here are only due for a look
-    for at in range(max(0, choice.min_output_len - before), len(token_ids)) if stops else ():
-        token_id = token_ids[at]
-        if token_id in choice.stop_ids:
-            del token_ids[at + 1 :]
-            ends_answer = token_id in choice.eos_token_ids and not choice.params.ignore_eos
-            reason, stop_reason = "stop", None if ends_answer else token_id
-            break
+    if not choice.stop_ids.isdisjoint(token_ids):  # seldom: most that come by here are only due for a look
+        for at in range(max(0, choice.min_output_len - before), len(token_ids)):
+            token_id = token_ids[at]
+            if token_id in choice.stop_ids:
+                del token_ids[at + 1 :]
+                ends_answer = token_id in choice.eos_token_ids and not choice.params.ignore_eos
+                reason, stop_reason = "stop", None if ends_answer else token_id
+                break
     output.fromlist(token_ids)
     while len(output) >= choice.repetition_at:
         look_at = choice.repetition_at
         choice.repetition_at = look_at + LOOK_EVERY
-        rule = choice.repetition
-        if look_at < choice.min_output_len or rule is None or not repeated_pattern_len(output, rule, look_at):
+        finder = choice.loop_finder
+        if look_at < choice.min_output_len or finder is None or not finder.pattern_len(output, look_at):
             continue
         if not choice.repetition_stops:
             stats.num_repetition_warnings += 1

@@ -9,7 +9,7 @@ from scheduler_world import HashModel, World, loops_by_definition
 
 from jaxserve.sampling_params import RepetitionDetection, SamplingParams
 from jaxserve.scheduler import SchedulerConfig
-from jaxserve.scheduler.repetition import repeated_pattern_len
+from jaxserve.scheduler.repetition import LoopFinder
 
 TOKENS = st.sampled_from([0, 1, 256, 1 << 16])  # as bytes, one is found across two others
 
@@ -28,10 +28,32 @@ TOKENS = st.sampled_from([0, 1, 256, 1 << 16])  # as bytes, one is found across 
 def test_same_as_definition(head, pattern, times, smallest, more, count):
     rule = RepetitionDetection(min_pattern_size=smallest, max_pattern_size=smallest + more, min_count=count)
     output = head + pattern * times
-    found = repeated_pattern_len(array("i", output), rule, len(output)) if output else 0
+    found = LoopFinder(rule).pattern_len(array("i", output), len(output))
     assert bool(found) == loops_by_definition(output, rule)
     if found:
         assert output[-found * count :] == output[-found:] * count
+
+
+@given(
+    st.lists(TOKENS, min_size=1, max_size=9),
+    st.integers(1, 200),
+    st.integers(0, 200),
+    st.integers(1, 30),
+    st.integers(0, 30),
+    st.integers(2, 6),
+)
+@example([0], 60, 8, 1, 20, 3)
+@example([0], 120, 62, 20, 20, 3)  # all of it recurs at every distance, as far as the odd token
+@example([0, 1], 120, 0, 9, 30, 3)
+def test_what_is_almost_a_loop(pattern, length, odd, smallest, more, count):
+    """One token of a periodic text is another: patterns are compared far before they differ."""
+    rule = RepetitionDetection(min_pattern_size=smallest, max_pattern_size=smallest + more, min_count=count)
+    output = [pattern[i % len(pattern)] for i in range(length)]
+    if odd < length:
+        output[length - 1 - odd] = 77
+    sizes = range(smallest, smallest + more + 1)
+    loops = (p for p in sizes if p * count <= length and output[-p * count :] == output[-p:] * count)
+    assert LoopFinder(rule).pattern_len(array("i", output), length) == next(loops, 0)
 
 
 def world_with(repetition, **settings):
