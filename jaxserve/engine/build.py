@@ -21,6 +21,7 @@ from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.describe import describe
 from jaxserve.engine.design import design
+from jaxserve.engine.draft_costs import adaptive_rule, without_hopeless_drafts
 from jaxserve.engine.drafter import abstract_drafter, load_drafter, open_drafter
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
@@ -52,7 +53,6 @@ _DEFAULTS = {  # by platform: max_num_seqs, max_num_batched_tokens, block_size
     "tpu": (256, 8192, 128),
 }
 _STEPS_PER_DISPATCH = {"gpu": 4}  # by platform; elsewhere 1
-_TOKEN_COST = {"cpu": 0.36, "gpu": 0.03, "tpu": 0.03}  # of one more token in a row; on CPU eight tokens cost 3.5
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         make_directory(config.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     platform = _platform()
-    config = _resolve(config, checkpoint.config, platform)
+    config = without_hopeless_drafts(_resolve(config, checkpoint.config, platform), platform)
     mesh = _mesh(config.tensor_parallel_size)
     model, attention, selection = design(config, checkpoint.config, _known(config.block_size), mesh)
     draft_checkpoint = open_drafter(config, checkpoint.config, _known(config.max_model_len), tokenizer)
@@ -118,7 +118,8 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
     executables = runner.start(cache_dir=config.compilation_cache_dir, progress=progress, temp_limit=memory.most_temp)
-    scheduler = Scheduler(_scheduler_config(config, runner_config, _adaptive(config, platform, drafter)))
+    rule = adaptive_rule(config, platform, [tokens for tokens, _ in runner_config.token_buckets], drafter)
+    scheduler = Scheduler(_scheduler_config(config, runner_config, rule))
     core = EngineCore(
         scheduler,
         runner,
@@ -317,17 +318,6 @@ def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: Adap
         repetition_detection=config.repetition_detection,
         vocab_size=runner.vocab_size,
     )
-
-
-def _adaptive(config: EngineConfig, platform: str, drafter: DraftModel | None) -> AdaptiveDrafts | None:
-    """What a draft token costs: its place in the verify step, and with a draft model a pass of that."""
-    if config.speculative_config is None or not config.speculative_config.adaptive:
-        return None
-    cost = _TOKEN_COST[platform]
-    if drafter is not None:
-        # Where weights are read, not computed with, bytes are time. A CPU widens packed weights first.
-        cost += 1.0 if platform == "cpu" and config.speculative_config.quantization else drafter.share
-    return AdaptiveDrafts(token_cost=cost)
 
 
 def _known[T](value: T | None) -> T:

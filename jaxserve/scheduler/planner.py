@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from operator import attrgetter
+
 import numpy as np
 
-from jaxserve.scheduler.adaptive import compute_bound_cap
+from jaxserve.scheduler.adaptive import AdaptiveDrafts, choose_draft_len, compute_bound_cap, verify_costs
 from jaxserve.scheduler.admission import NEVER
 from jaxserve.scheduler.invariants import SchedulerInvariantError
 from jaxserve.scheduler.plan import Admission, StepPlan
@@ -12,6 +15,8 @@ from jaxserve.scheduler.request import Choice
 from jaxserve.scheduler.rows import Rows
 from jaxserve.scheduler.state import SchedulerState
 from jaxserve.scheduler.width import draft_cap, step_width
+
+_WISH = attrgetter("draft_len.wish")
 
 
 class Planner:
@@ -72,6 +77,8 @@ class Planner:
                 continue
             if drafts_len > cap:
                 drafts_len = cap
+                if not cap:
+                    wanted.outvoted()
             planned = choice.computed_len + in_flight
             width = step_width(planned, choice.limit_len, 1 + drafts_len)
             if planned + width > choice.capacity_len:
@@ -80,6 +87,8 @@ class Planner:
                 continue
             if wanted.rest_len:
                 wanted.rest()
+            elif width > 1 and wanted.probe_len:
+                wanted.probed()
             choice.in_flight_len = in_flight + width
             row_choices.append(choice)
             row_widths.append(width)
@@ -114,7 +123,18 @@ class Planner:
         if limit < config.max_drafts:  # count those that want drafts only where it matters
             drafting = sum(1 for choice in self.state.decoding if choice.draft_len.now)
             limit = cap(drafting) if drafting else 0
-        return limit
+        return limit if rule is None or not limit else self._fair_cap(limit, rule)
+
+    def _fair_cap(self, limit: int, rule: AdaptiveDrafts) -> int:
+        """What the adaptive rule leaves of ``limit``; the state keeps what it reckoned with."""
+        state = self.state
+        wishes = Counter(map(_WISH, state.decoding))
+        if not any(wish.most for wish in wishes):
+            return 0
+        prefill = sum(choice.prefill_len - choice.computed_len - choice.in_flight_len for choice in state.prefilling)
+        num_tokens = min(len(state.decoding) + prefill, self.config.max_num_batched_tokens)
+        state.verify_costs = costs = verify_costs(wishes, num_tokens, self.config.max_drafts, rule)
+        return choose_draft_len(wishes, state.num_running, costs, limit)
 
     def _grow(self, choice: Choice, planned: int, width: int, rows: Rows, *, num_others: int) -> int:
         """Reserves blocks for a decode row: without drafts if they don't fit, else at the expense of the newest choice.

@@ -15,7 +15,7 @@ SHORT = {"adaptive_drafts": None, "max_drafts": 2}  # as many tokens as a burst 
 DRAFTS = {  # those of test_speculation.py and test_speculation_model.py: only the bursts are compiled here
     "no drafts": None,
     "ngram": speculative(8),
-    "twin": SpeculativeConfig(method="draft_model", quantization="int4", num_speculative_tokens=3),
+    "twin": SpeculativeConfig(method="draft_model", quantization="int4", num_speculative_tokens=3, adaptive=False),
 }
 # Nothing that a burst doesn't do, and lengths that end in the middle of one.
 PLAIN = [

@@ -26,7 +26,7 @@ WAYS = {
 # The least lead of a token that counts. Activations in fp8 go either way with the last bit of a float32.
 LEAD = {"int8": 1e-3, "int4": 1e-3, "fp8_weight_only": 1e-3, "fp8": 3e-2}
 FEW = ["int8", "fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int4", "fp8_weight_only"))]
-TWIN = SpeculativeConfig(method="draft_model", quantization="int4", num_speculative_tokens=3)
+TWIN = SpeculativeConfig(method="draft_model", quantization="int4", num_speculative_tokens=3, adaptive=False)
 
 
 def int8(weight, axes):

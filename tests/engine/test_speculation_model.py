@@ -17,6 +17,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.config import SpeculativeConfig
 from jaxserve.errors import ConfigError
 from jaxserve.runner.executables import propose_keys, sample_keys
+from jaxserve.scheduler import AdaptiveDrafts
 
 LLAMA = str(GOLDEN / "tiny" / "llama")
 DRAFTERS = {
@@ -35,7 +36,7 @@ def drafting(tiny):
     """``drafting(name)``: an engine whose drafts come from that model."""
 
     def make(name):
-        config = SpeculativeConfig(method="draft_model", **(DRAFTERS | MORE_DRAFTERS)[name])
+        config = SpeculativeConfig(method="draft_model", adaptive=False, **(DRAFTERS | MORE_DRAFTERS)[name])
         return tiny("llama", **SMALL, speculative_config=config)
 
     return make
@@ -52,7 +53,7 @@ def want(plain):
         return answers(llm, *requests())
 
 
-@pytest.mark.parametrize("rule", [EAGER, {}], ids=["always", "adaptive"])
+@pytest.mark.parametrize("rule", [EAGER, {"adaptive_drafts": AdaptiveDrafts()}], ids=["always", "adaptive"])
 @pytest.mark.parametrize("name", [*DRAFTERS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_DRAFTERS)])
 def test_row_31_every_setting_in_one_batch(drafting, want, reference, name, rule):
     """Then again with a warm prefix cache, whose blocks hold both models' keys and values: no fewer are accepted."""
@@ -198,7 +199,7 @@ def test_row_25_over_several_devices(tiny, tp, quantization):
     texts, params = requests()
     with tiny("dummy", **SMALL).llm() as llm:
         want = answers(llm, texts, params)
-    config = SpeculativeConfig(method="draft_model", quantization=quantization)
+    config = SpeculativeConfig(method="draft_model", quantization=quantization, adaptive=False)
     engine = tiny("dummy", **SMALL, tensor_parallel_size=tp, speculative_config=config)
     with engine.llm(**EAGER) as llm:
         assert_same(answers(llm, texts, params), want, params)

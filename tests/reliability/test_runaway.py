@@ -14,7 +14,7 @@ from jaxserve.engine import core as core_module
 from jaxserve.engine import requests
 from jaxserve.engine.requests import RequestBuilder
 from jaxserve.sampling_params import RepetitionDetection
-from jaxserve.scheduler import Choice, Scheduler, SchedulerConfig, StepResult
+from jaxserve.scheduler import AdaptiveDrafts, Choice, Scheduler, SchedulerConfig, StepResult
 from jaxserve.scheduler.repetition import LoopFinder
 
 RULE = RepetitionDetection(max_pattern_size=3, min_count=5)
@@ -174,6 +174,32 @@ def test_a_runaway_holds_up_nobody(budget, adaptive):
     for number in range(1, 12):  # drafts take at most half of the tokens that plain decoding leaves to waiting prompts
         slow, quick = beside_runaway[number][0], beside_quiet[number][0]
         assert slow <= (2 * quick if budget < 40 else quick + 3)
+
+
+def test_a_runaway_does_not_widen_the_steps_of_others_where_that_costs_them():
+    """Steps hold 1, 8 or 64 tokens and cost as on a CPU: it is drafted for where they hold its drafts anyway."""
+    rule = AdaptiveDrafts(token_cost=0.05, step_costs=((1, 1.0), (8, 1.9), (64, 3.4)))
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=8, max_model_len=2000, max_num_batched_tokens=64, block_size=16, num_blocks=600,
+            max_drafts=K, run_ahead=0, repetition="off", adaptive_drafts=rule,
+        )
+    )  # fmt: skip
+    for number in range(8):
+        scheduler.add(
+            make_choice(
+                number, 4, 30 + 20 * number if number else 600, num_speculative_tokens=None if number == 0 else 0
+            )
+        )
+    longest = {}
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        if plan.samples.all() and not plan.admissions:
+            longest.setdefault(len(plan.choices), set()).update(plan.num_drafts.tolist())
+        token_ids = np.full((len(plan.choices), K + 1), 7, np.int32)
+        emitted = np.where(plan.samples, 1 + plan.num_drafts, 0).astype(np.int32)
+        scheduler.commit(plan, StepResult(plan.step_id, token_ids, emitted, plan.num_drafts))
+    assert {rows: max(drafts) for rows, drafts in longest.items()} == {8: 0, 7: 1, 6: 2, 5: 3, 4: 4, 3: 4, 2: 4, 1: 4}
 
 
 class Busy:

@@ -19,7 +19,15 @@ def random_config(rng: random.Random) -> SchedulerConfig:
     block_size = rng.choice([1, 2, 3, 4, 8])
     max_model_len = rng.randint(4, 32)
     longest = -(-(max_model_len - 1) // block_size)
-    rule = AdaptiveDrafts(token_cost=0.3, compute_bound_tokens=8, window=3, probe_window=1, first_pause=1, max_pause=4)
+    rule = AdaptiveDrafts(
+        token_cost=0.3,
+        step_costs=((1, 1.0), (4, 1.2), (16, 3.0)) if max_drafts % 2 else (),
+        compute_bound_tokens=8,
+        window=3,
+        probe_window=1,
+        first_pause=1,
+        max_pause=4,
+    )
     return SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,

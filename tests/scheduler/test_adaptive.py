@@ -1,33 +1,119 @@
 """The adaptive K: the pure rule against brute force, and how a choice lives with it."""
 
+import math
+from collections import Counter
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scheduler_world import HashModel, World
 
 from jaxserve.errors import ConfigError
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import AdaptiveDrafts, SchedulerConfig
-from jaxserve.scheduler.adaptive import choose_draft_len, compute_bound_cap, judge
+from jaxserve.scheduler.adaptive import DraftLen, Wish, choose_draft_len, compute_bound_cap, judge, verify_costs
 
 RULE = AdaptiveDrafts(token_cost=0.1, compute_bound_tokens=64, window=4, probe_window=1, first_pause=3, max_pause=10)
+LINEAR = [1 + 0.1 * k for k in range(5)]  # costs of a verify step, by the drafts in it
+
+
+def tokens(rate, k):
+    return sum(rate**i for i in range(k + 1))
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.02, 0.1, 0.3, 1.0])
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.6, 0.9, 1.0])
-def test_draft_len_maximises_tokens_per_cost(rate, cost):
-    gains = [sum(rate**i for i in range(k + 1)) / (1 + k * cost) for k in range(9)]
-    chosen = choose_draft_len(rate, 8, cost)
-    assert gains[chosen] == pytest.approx(max(gains))
+def test_alone_it_maximises_tokens_per_cost(rate, cost):
+    costs = [1 + k * cost for k in range(9)]
+    gains = [tokens(rate, k) / costs[k] for k in range(9)]
+    assert gains[choose_draft_len({Wish(rate, 8): 1}, 1, costs, 8)] == pytest.approx(max(gains))
+
+
+RATES = st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])
+WISHES = st.dictionaries(st.builds(Wish, RATES, st.integers(0, 4)), st.integers(1, 9), max_size=4)
+COSTS = st.lists(st.floats(0.0, 1.5), min_size=4, max_size=4).map(lambda more: [1.0 + sum(more[:k]) for k in range(5)])
+
+
+def product_of_speeds(wishes, num_others, costs, k):
+    speeds = [tokens(wish.accept_rate, min(wish.most, k)) / costs[k] for wish in Counter(wishes).elements()]
+    return math.prod(speeds) * (1 / costs[k]) ** num_others
+
+
+@given(WISHES, st.integers(0, 30), COSTS, st.integers(0, 4))
+def test_the_product_of_speeds_is_the_largest(wishes, num_others, costs, limit):
+    num_running = sum(wishes.values()) + num_others
+    found = choose_draft_len(wishes, num_running, costs, limit)
+    products = [product_of_speeds(wishes, num_others, costs, k) for k in range(limit + 1)]
+    assert products[found] == pytest.approx(max(products)) and products[found] >= 1.0
+    assert all(product < products[found] * (1 + 1e-9) for product in products[:found])
+
+
+@given(WISHES, st.integers(0, 30), COSTS)
+def test_more_that_do_not_draft_never_lengthen_drafts(wishes, num_others, costs):
+    num_running = sum(wishes.values()) + num_others
+    longest = choose_draft_len(wishes, num_running, costs, 4)
+    assert choose_draft_len(wishes, num_running + 1, costs, 4) <= longest
+
+
+def test_one_that_is_always_right_is_outvoted_where_wide_steps_cost():
+    runaway = {Wish(1.0, 4): 1}
+    assert choose_draft_len(runaway, 1, [1.0, 2.0, 2.0, 2.0, 2.0], 4) == 4
+    assert choose_draft_len(runaway, 8, [1.0, 2.0, 2.0, 2.0, 2.0], 4) == 0
+    assert choose_draft_len(runaway, 8, [1.0, 1.0, 1.0, 1.0, 1.0], 4) == 4
+    assert choose_draft_len(runaway, 8, [1.0, 1.0, 1.0, 2.0, 2.0], 4) == 2, "as far as it costs nobody anything"
+    assert choose_draft_len({Wish(1.0, 4): 4}, 8, [1.0, 2.0, 2.0, 2.0, 2.0], 4) == 4, "four of eight are enough"
+
+
+def test_a_step_costs_what_its_size_costs():
+    rule = AdaptiveDrafts(token_cost=0.1, step_costs=((1, 1.0), (8, 2.0), (64, 5.0)))
+    assert [rule.step_cost(n) for n in (1, 2, 8, 9, 64, 99)] == [1.0, 2.0, 2.0, 5.0, 5.0, 5.0]
+    assert verify_costs({Wish(1.0, 4): 1}, 1, 2, rule) == pytest.approx([1.0, 2.1, 2.2])
+    assert verify_costs({Wish(1.0, 4): 1, Wish(0.5, 1): 2}, 4, 4, rule) == pytest.approx([1.0, 1.1, 1.2, 2.8, 2.9])
+    assert verify_costs({Wish(1.0, 4): 8}, 8, 4, AdaptiveDrafts(token_cost=0.1)) == pytest.approx(LINEAR)
 
 
 def test_useless_drafts_pause_twice_as_long_each_time():
     pauses, pause = [], 0
     for _ in range(4):
-        verdict = judge(accepted=0, failures=4, pause=pause, max_drafts=4, rule=RULE)
+        verdict = judge(0.0, pause, 4, LINEAR, RULE)
         assert verdict.draft_len == 0
         pause = verdict.pause
         pauses.append(pause)
     assert pauses == [3, 6, 10, 10]
-    assert judge(accepted=16, failures=0, pause=10, max_drafts=4, rule=RULE) == (4, 0)
+    assert judge(1.0, 10, 4, LINEAR, RULE) == (4, 0)
+
+
+def test_who_is_outvoted_for_long_is_measured_anew():
+    draft_len = DraftLen(4, RULE)
+    for accepted in (4, 1, 1, 1):
+        draft_len.record(4, accepted, [1.0] * 5)
+    assert draft_len.wish == (0.7, 4)
+    waits = []
+    for _ in range(4):
+        steps = 0
+        while draft_len.wish.accept_rate < 1.0:
+            draft_len.outvoted()
+            steps += 1
+        waits.append(steps)
+        draft_len.record(4, 2, [1.0] * 5)
+    assert waits == [3, 6, 10, 10]
+
+
+def test_a_probe_is_a_step_and_waits_for_what_it_says():
+    draft_len = DraftLen(4, RULE)
+    draft_len.record(4, 0, LINEAR)
+    draft_len.record(4, 0, LINEAR)
+    assert (draft_len.now, draft_len.rest_len) == (0, 3), "half a window without any accepted"
+    for _ in range(3):
+        draft_len.rest()
+    assert draft_len.now == 4
+    draft_len.probed()
+    assert (draft_len.now, draft_len.rest_len) == (0, 0)
+    draft_len.interrupted()
+    assert draft_len.now == 4, "its result won't come"
+    draft_len.probed()
+    draft_len.record(4, 4, LINEAR)
+    assert draft_len.now == 4
 
 
 def test_compute_bound_cap():
@@ -37,7 +123,16 @@ def test_compute_bound_cap():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"token_cost": -0.1}, {"probe_window": 0}, {"first_pause": 0}, {"compute_bound_tokens": 0}]
+    "setting",
+    [
+        {"token_cost": -0.1},
+        {"step_costs": ((8, 1.0), (8, 2.0))},
+        {"step_costs": ((1, 2.0), (8, 1.0))},
+        {"step_costs": ((1, 0.0),)},
+        {"probe_window": 0},
+        {"first_pause": 0},
+        {"compute_bound_tokens": 0},
+    ],
 )
 def test_bad_constants_are_refused(setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):
@@ -65,9 +160,9 @@ def decode(accept, rule, steps=40):
 
 def test_drafts_that_fail_stop_and_are_probed():
     planned = decode(lambda step: 0, RULE)
-    assert planned[:4] == [4, 4, 4, 4]
-    assert sum(map(bool, planned[4:])) == 4  # nothing but one probe after 3, 6, 10 and 10 steps without
-    assert all(planned[step] == 4 for step in (7, 14, 25, 36))
+    assert planned[:2] == [4, 4]
+    assert sum(map(bool, planned[2:])) == 4  # nothing but one probe after 3, 6, 10 and 10 steps without
+    assert all(planned[step] == 4 for step in (5, 12, 23, 34))
 
 
 def test_drafts_come_back():

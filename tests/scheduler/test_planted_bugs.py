@@ -39,7 +39,7 @@ def in_a_tiny_pool() -> None:
 
 
 def at_random() -> None:
-    for seed in range(50):
+    for seed in range(100):
         random_schedule(seed)
 
 

@@ -1,0 +1,92 @@
+"""The adaptive rule's constants, as an engine gets them from its platform, its step sizes and its drafter."""
+
+import dataclasses
+import logging
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from speculation_cases import SMALL
+
+from jaxserve.config import EngineConfig, SpeculativeConfig
+from jaxserve.engine.draft_costs import adaptive_rule, step_cost, without_hopeless_drafts
+from jaxserve.runner.buckets import row_buckets, token_buckets
+from jaxserve.scheduler.adaptive import Wish, choose_draft_len, verify_costs
+
+NGRAM = SpeculativeConfig(method="ngram")
+TWIN = SpeculativeConfig(method="draft_model", quantization="int8")
+SMALLER = SpeculativeConfig(method="draft_model", model="smaller")
+CONFIG = EngineConfig(model="m", speculative_config=NGRAM)
+
+
+def rule_for(platform, max_num_seqs, config=CONFIG, drafter=None):
+    buckets = token_buckets(max(512, 2 * max_num_seqs), row_buckets(max_num_seqs, platform), platform)
+    return adaptive_rule(config, platform, [tokens for tokens, _ in buckets], drafter)
+
+
+def drafts_of_a_runaway(platform, num_running, max_num_seqs):
+    rule, wishes = rule_for(platform, max_num_seqs), {Wish(1.0, 4): 1}
+    return choose_draft_len(wishes, num_running, verify_costs(wishes, num_running, 4, rule), 4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_steps_cost_more_the_more_they_hold(platform):
+    costs = [step_cost(platform, n) for n in range(1, 4096)]
+    assert costs[0] == 1.0
+    assert all(a < b for a, b in pairwise(costs))
+    assert step_cost(platform, 8192) == pytest.approx(2 * step_cost(platform, 4096))
+
+
+def test_a_runaway_is_drafted_for_as_long_as_that_costs_the_others_little():
+    alone, beside_three, beside_seven = (drafts_of_a_runaway("cpu", n, 8) for n in (1, 4, 8))
+    assert (alone, beside_three, beside_seven) == (4, 4, 0), "eight tokens are a step of eight, twelve one of 64"
+    assert [drafts_of_a_runaway("gpu", n, 256) for n in (1, 4, 256)] == [4, 4, 0]
+
+
+def test_what_a_draft_costs():
+    assert adaptive_rule(EngineConfig(model="m"), "gpu", [8], None) is None
+    assert (
+        adaptive_rule(
+            dataclasses.replace(CONFIG, speculative_config=SpeculativeConfig(adaptive=False)), "cpu", [1], None
+        )
+        is None
+    )
+    assert rule_for("gpu", 256).token_cost == 0.03
+    for drafts, platform, cost in (
+        (TWIN, "gpu", 0.03 + 0.25),
+        (SMALLER, "cpu", 0.05 + 0.25),
+        (
+            dataclasses.replace(SMALLER, quantization="int8"),
+            "cpu",
+            0.05 + 1.0,
+        ),  # as float32 it has four times the bytes
+        (dataclasses.replace(SMALLER, quantization="int8"), "gpu", 0.03 + 0.25),
+    ):
+        config = dataclasses.replace(CONFIG, speculative_config=drafts)
+        assert rule_for(platform, 8, config, SimpleNamespace(share=0.25)).token_cost == pytest.approx(cost)
+
+
+def test_a_copy_that_cannot_pay_is_left_out_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, "jaxserve"):
+        hopeless = dataclasses.replace(CONFIG, speculative_config=TWIN)
+        assert without_hopeless_drafts(hopeless, "cpu").speculative_config is None
+        assert "can't pay" in caplog.text and "adaptive=False" in caplog.text
+        caplog.clear()
+        for drafts, platform in (
+            (None, "cpu"),
+            (NGRAM, "cpu"),
+            (SMALLER, "cpu"),
+            (dataclasses.replace(TWIN, adaptive=False), "cpu"),
+            (TWIN, "gpu"),
+        ):
+            config = dataclasses.replace(CONFIG, speculative_config=drafts)
+            assert without_hopeless_drafts(config, platform) is config
+    assert not caplog.records
+
+
+def test_the_engine_is_one_without_speculation_then(tiny):
+    """Nothing of the copy is loaded or computed, and a request that asks for drafts hears of it."""
+    engine = tiny("llama", **SMALL, speculative_config=TWIN).engine
+    compiler = engine.core.runner.compiler()
+    assert compiler.drafter is None and compiler.config.max_drafts == 0
+    assert engine.core.scheduler.config.max_drafts == 0 and engine.config.speculative_config is None
