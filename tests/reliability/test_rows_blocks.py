@@ -126,6 +126,27 @@ def test_row_34_is_seen_by_the_engine_itself_while_it_waits_for_work(engine, cas
 
 
 @pytest.mark.parametrize("run_ahead", [0, 3])
+def test_row_10_hits_that_nobody_holds_are_charged(engine, cases, run_ahead):
+    """Every prompt is cached, and a pool of 16 to 21 blocks is full of such hits when the longest ones come again."""
+    hits = 0
+    for num_more in range(6):
+        scarce = {"num_blocks": LONGEST + num_more, "admission_headroom_len": 0, "run_ahead": run_ahead}
+        with serve(engine, **scarce) as llm:
+            for case in cases:
+                assert ids(llm, [case]) == [case.answer]
+            before = llm.engine.core.stats()["num_prefix_hits"]
+            assert ids(llm, cases[::-1]) == [case.answer for case in cases[::-1]]
+            hits += idle(llm)["num_prefix_hits"] - before
+    assert hits
+
+
+def test_row_10_is_seen_where_such_hits_are_not_charged(engine, cases, monkeypatch):
+    row10_idle_hits_are_not_charged(monkeypatch)
+    with pytest.raises(EngineDeadError, match="the pool promised more than it had"):
+        test_row_10_hits_that_nobody_holds_are_charged(engine, cases, 0)
+
+
+@pytest.mark.parametrize("run_ahead", [0, 3])
 def test_row_30_accepted_tokens_are_cached_and_drafts_are_not(engine, cases, run_ahead):
     """A prompt that goes on from an answer hits all of it, and hits nothing that was only drafted."""
     with serve(engine, run_ahead=run_ahead) as llm:
