@@ -200,9 +200,9 @@ def test_families_and_draft_lengths(tiny, reference, name, K):
             assert num_drafts(llm)[1] > 0, way
 
 
-@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_row_25_over_several_devices(tiny, tp):
-    """Sharded and drafting against one device without drafts."""
+    """Sharded and drafting against one device without drafts. Two devices that draft are also in reliability/."""
     texts, params = requests()
     with tiny("dummy", **SMALL).llm() as llm:
         want = answers(llm, texts, params)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from serving import CONTEXT, GREEDY, K, generate, idle, ids, knows, running, serve
-from speculation_cases import SMALL, requests, speculative
+from speculation_cases import SMALL, answers, assert_same, requests, speculative
 from test_planted_bugs import (
     row26_results_of_an_older_epoch_are_applied,
     row37_the_last_rejection_is_not_counted,
@@ -73,33 +73,64 @@ def watch_devices(llm):
 @pytest.mark.parametrize("run_ahead", [0, 2])
 def test_row_25_all_devices_accept_the_same(on_two_devices, run_ahead):
     """Every setting in one batch, greedy and sampled: one acceptance, replicated by construction."""
+    texts, params = requests()
     with serve(on_two_devices, run_ahead=run_ahead) as llm:
         watch_devices(llm)
-        generate(llm, *requests())
+        got = answers(llm, texts, params)
         stats = idle(llm)
         assert 0 < stats["num_accepted_tokens"] < stats["num_drafted_tokens"]
+        want = answers(llm, texts, [settings.with_changes(num_speculative_tokens=0) for settings in params])
+    assert_same(got, want, params)
 
 
-def test_row_25_is_seen_where_devices_compare_with_other_drafts(on_two_devices):
+def on_the_second(array, change):
+    """A replicated array whose copy on the second device is another."""
+    first, second = (shard.data for shard in array.addressable_shards)
+    second = jax.device_put(change(np.asarray(second)), second.sharding)
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, [first, second])
+
+
+def plant(llm_engine, monkeypatch, change):
+    """``change(slots)`` after every plan has been staged."""
+    real = llm_engine.engine.core.runner
+    stage = real.executables.stage
+    planted = dataclasses.replace(real.executables, stage=lambda slots, packet: change(stage(slots, packet)))
+    monkeypatch.setattr(real, "executables", planted)
+
+
+def test_row_25_is_seen_where_devices_compare_with_other_drafts(on_two_devices, monkeypatch):
     """The second device holds drafts of its own, so it accepts fewer."""
-    with serve(on_two_devices, run_ahead=0) as llm, pytest.raises(EngineDeadError):
+
+    def other_drafts(slots):
+        drafts = on_the_second(slots.plan.drafts, np.zeros_like)
+        return dataclasses.replace(slots, plan=dataclasses.replace(slots.plan, drafts=drafts))
+
+    plant(on_two_devices, monkeypatch, other_drafts)
+    with serve(on_two_devices, run_ahead=0) as llm:
         watch_devices(llm)
-        real = llm.engine.core.runner.real
-        executables = real.executables
+        with pytest.raises(EngineDeadError) as death:
+            answers(llm, *requests())
+    assert isinstance(death.value.__cause__, AssertionError)
 
-        def stage(slots, packet):
-            slots = executables.stage(slots, packet)
-            drafts = slots.plan.drafts
-            first, second = (shard.data for shard in drafts.addressable_shards)
-            second = jax.device_put(np.zeros_like(second), second.sharding)
-            drafts = jax.make_array_from_single_device_arrays(drafts.shape, drafts.sharding, [first, second])
-            return dataclasses.replace(slots, plan=dataclasses.replace(slots.plan, drafts=drafts))
 
-        real.executables = dataclasses.replace(executables, stage=stage)
-        try:
-            generate(llm, *requests())
-        finally:
-            real.executables = executables
+def test_row_25_devices_agree_even_where_their_noise_differs(on_two_devices, monkeypatch):
+    """vLLM #17498: each rank draws its own. Here a token is chosen once, among all shares of the vocabulary."""
+    texts, params = requests()
+    params = [settings.with_changes(temperature=1.0) for settings in params]
+    with serve(on_two_devices, run_ahead=0) as llm:
+        want = answers(llm, texts, params)
+
+    def other_noise(slots):
+        key = on_the_second(slots.sampling.key, lambda key: key ^ 1)
+        return dataclasses.replace(slots, sampling=dataclasses.replace(slots.sampling, key=key))
+
+    plant(on_two_devices, monkeypatch, other_noise)
+    with serve(on_two_devices, run_ahead=0) as llm:
+        watch_devices(llm)
+        got = answers(llm, texts, params)
+        assert idle(llm)["num_accepted_tokens"] > 0
+    with pytest.raises(AssertionError):  # the plant is there
+        assert_same(got, want, params)
 
 
 WATCHED = GREEDY.with_changes(stop="never said")  # a stop string: the caller hears of every step
