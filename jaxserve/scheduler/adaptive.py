@@ -34,7 +34,7 @@ class AdaptiveDrafts:
     Attributes:
         token_cost: what one more draft in the longest row adds to a step beside the step's width, as a share of the
             step without drafts: sampling at one more position, a pass of the draft model.
-        step_costs: (tokens, cost) of every step size that the engine has, ascending in both; in any unit. None: a
+        step_costs: (tokens, cost) of every step size that the engine has, ascending in both; in any unit. Empty: a
             step's width costs nothing.
         compute_bound_tokens: decode and verify tokens of a step from which more tokens cost as much as they bring.
         window: verify steps over which acceptance is measured.
@@ -80,9 +80,9 @@ class Wish(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def expected_tokens_log(wish: Wish, k: int) -> float:
-    """log(1 + p + ... + p^k) for drafts of k, as far as the choice wants them."""
-    return math.log(sum(wish.accept_rate**i for i in range(min(k, wish.most) + 1)))
+def expected_tokens_logs(wish: Wish) -> tuple[float, ...]:  # [most + 1]
+    """log(1 + p + ... + p^k) for each k up to as many drafts as the choice wants."""
+    return tuple(math.log(sum(wish.accept_rate**i for i in range(k + 1))) for k in range(wish.most + 1))
 
 
 def verify_costs(
@@ -90,14 +90,18 @@ def verify_costs(
     num_tokens: int,
     max_drafts: int,
     rule: AdaptiveDrafts,
-) -> list[float]:  # [max_drafts + 1]
+) -> tuple[float, ...]:  # [max_drafts + 1]
     """What a step of ``num_tokens`` costs if drafts of up to k tokens are added, for each k; 1.0 is without drafts."""
     plain = rule.step_cost(num_tokens)
-    costs = [1.0]
+    num_wanting = [0] * (max_drafts + 1)  # by how many drafts
+    for wish, count in wishes.items():
+        num_wanting[min(wish.most, max_drafts)] += count
+    costs, wide, wanting = [1.0], num_tokens, sum(num_wanting)
     for k in range(1, max_drafts + 1):
-        wide = num_tokens + sum(min(wish.most, k) * count for wish, count in wishes.items())
+        wanting -= num_wanting[k - 1]
+        wide += wanting
         costs.append(rule.step_cost(wide) / plain + k * rule.token_cost)
-    return costs
+    return tuple(costs)
 
 
 def choose_draft_len(
@@ -112,13 +116,18 @@ def choose_draft_len(
     get one token. Drafts are cut to the k that makes ``sum of log(tokens) - num_running * log(cost)`` largest, the
     smallest of equals; that is 0 for k = 0.
     """
-    best_len, best_gain = 0, 0.0
-    for k in range(1, limit + 1):
-        gain = sum(count * expected_tokens_log(wish, k) for wish, count in wishes.items())
-        gain -= num_running * math.log(costs[k] / costs[0])
-        if gain > best_gain:
-            best_len, best_gain = k, gain
-    return best_len
+    gains = [-num_running * math.log(costs[k] / costs[0]) for k in range(limit + 1)]
+    for wish, count in wishes.items():
+        logs = expected_tokens_logs(wish)
+        for k in range(1, limit + 1):
+            gains[k] += count * logs[k if k < wish.most else wish.most]
+    return max(range(limit + 1), key=gains.__getitem__)  # the first of equals
+
+
+@lru_cache(maxsize=4096)
+def choose_alone(wish: Wish, costs: tuple[float, ...]) -> int:
+    """``choose_draft_len`` if nobody else ran."""
+    return choose_draft_len({wish: 1}, 1, costs, wish.most)
 
 
 class Verdict(NamedTuple):
@@ -128,12 +137,12 @@ class Verdict(NamedTuple):
     pause: int
 
 
-def judge(accept_rate: float, pause: int, max_drafts: int, costs: Sequence[float], rule: AdaptiveDrafts) -> Verdict:
-    """The verdict on a window whose drafts were verified in steps of those ``costs``: would they pay if all did so?
+def judge(accept_rate: float, pause: int, max_drafts: int, costs: tuple[float, ...], rule: AdaptiveDrafts) -> Verdict:
+    """The verdict on a window whose last step had those ``verify_costs``: would drafts pay if all did as this one?
 
     ``pause`` is the length of the last pause, 0 if there was none since drafts last paid.
     """
-    draft_len = choose_draft_len({Wish(accept_rate, max_drafts): 1}, 1, costs, max_drafts)
+    draft_len = choose_alone(Wish(accept_rate, max_drafts), costs)
     if draft_len:
         return Verdict(draft_len, 0)
     return Verdict(0, rule.first_pause if pause == 0 else min(2 * pause, rule.max_pause))
@@ -188,12 +197,13 @@ class DraftLen:
             self._want(0, 1.0)
 
     def interrupted(self) -> None:
-        """Results of planned steps won't come: a probe that waits for them starts again."""
-        if self._rule is not None and not self.now and not self.rest_len and self.most:
+        """Results of planned steps won't come: a probe that waits for some, or will, starts again."""
+        waits = self.probe_len or (not self.now and not self.rest_len)
+        if self._rule is not None and self.most and waits:
             self._probe(self._rule)
 
-    def record(self, drafts_len: int, accepted: int, costs: Sequence[float]) -> None:
-        """A step with drafts: how many were planned and accepted, and ``verify_costs``. Judges at a window's end."""
+    def record(self, drafts_len: int, accepted: int, costs: tuple[float, ...]) -> None:
+        """A step with drafts: how many were planned and accepted, and its costs. Judges at a window's end."""
         rule = self._rule
         if rule is None or self.rest_len:  # planned before the pause
             return

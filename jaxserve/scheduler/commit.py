@@ -98,7 +98,7 @@ class Committer:
             if drafts_len:
                 num_drafted += drafted
                 num_accepted += emitted - 1
-                choice.draft_len.record(drafts_len, emitted - 1, state.verify_costs)
+                choice.draft_len.record(drafts_len, emitted - 1, plan.verify_costs)
             del token_ids[emitted:]  # padding
             commit = Commit(choice, row, token_ids)
             output = choice.output_token_ids

@@ -47,6 +47,7 @@ class StepPlan:
     )  # int32[U, 3]: slot, index, block
     draft_ids: np.ndarray | None = None  # int32[R, K]
     token_mask: np.ndarray | None = None  # uint32[R, ceil(V / 32)], bit set = allowed
+    verify_costs: tuple[float, ...] = ()  # [K+1], what the adaptive rule reckoned with; of no use to the runner
 
     @property
     def num_tokens(self) -> int:

@@ -59,7 +59,7 @@ class Planner:
     def _plan_decodes(self, rows: Rows) -> None:
         """A row for every decoding choice that may emit more; drafts as far as they fit."""
         decoding = self.state.decoding
-        cap = self._draft_cap()
+        cap = self._draft_cap(rows)
         host_drafts = self.config.drafting == "host"
         row_choices, row_widths, row_drafts = rows.choices, rows.widths, rows.drafts
         drafts: list[int] | None = None
@@ -97,7 +97,7 @@ class Planner:
         rows.num_decodes = len(row_choices)
         rows.num_tokens = sum(row_widths)
 
-    def _draft_cap(self) -> int:
+    def _draft_cap(self, rows: Rows) -> int:
         config = self.config
         num_rows = len(self.state.decoding)
         if not config.max_drafts or not num_rows:
@@ -123,17 +123,18 @@ class Planner:
         if limit < config.max_drafts:  # count those that want drafts only where it matters
             drafting = sum(1 for choice in self.state.decoding if choice.draft_len.now)
             limit = cap(drafting) if drafting else 0
-        return limit if rule is None or not limit else self._fair_cap(limit, rule)
+        return limit if rule is None or not limit else self._fair_cap(limit, rule, rows)
 
-    def _fair_cap(self, limit: int, rule: AdaptiveDrafts) -> int:
-        """What the adaptive rule leaves of ``limit``; the state keeps what it reckoned with."""
-        state = self.state
+    def _fair_cap(self, limit: int, rule: AdaptiveDrafts, rows: Rows) -> int:
+        """What the adaptive rule leaves of ``limit``; the plan keeps the costs that it reckoned with."""
+        state, config = self.state, self.config
         wishes = Counter(map(_WISH, state.decoding))
         if not any(wish.most for wish in wishes):
             return 0
-        prefill = sum(choice.prefill_len - choice.computed_len - choice.in_flight_len for choice in state.prefilling)
-        num_tokens = min(len(state.decoding) + prefill, self.config.max_num_batched_tokens)
-        state.verify_costs = costs = verify_costs(wishes, num_tokens, self.config.max_drafts, rule)
+        longest = config.max_prefill_chunk_len or config.max_num_batched_tokens
+        prefill = sum(min(longest, c.prefill_len - c.computed_len - c.in_flight_len) for c in state.prefilling)
+        num_tokens = min(len(state.decoding) + prefill, config.max_num_batched_tokens)
+        rows.verify_costs = costs = verify_costs(wishes, num_tokens, config.max_drafts, rule)
         return choose_draft_len(wishes, state.num_running, costs, limit)
 
     def _grow(self, choice: Choice, planned: int, width: int, rows: Rows, *, num_others: int) -> int:

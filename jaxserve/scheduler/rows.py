@@ -20,6 +20,7 @@ class Rows:
         "samples",
         "step_id",
         "updates",
+        "verify_costs",
         "widths",
     )
 
@@ -33,6 +34,7 @@ class Rows:
         self.admissions: list[Admission] = []
         self.num_decodes = 0
         self.num_tokens = 0
+        self.verify_costs: tuple[float, ...] = ()
 
     def build(self, host_drafts: int | None) -> StepPlan:
         """The immutable plan; ``host_drafts`` is K where drafts come from the host."""
@@ -58,4 +60,5 @@ class Rows:
             admissions=tuple(self.admissions),
             table_updates=np.array(self.updates, np.int32).reshape(-1, 3),
             draft_ids=draft_ids,
+            verify_costs=self.verify_costs,
         )

@@ -29,7 +29,6 @@ class SchedulerState:
         outstanding: plans that aren't committed yet, oldest first.
         siblings: of requests with n > 1, by request id.
         free_slots: a stack.
-        verify_costs: of the newest step that the adaptive rule looked at.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -44,7 +43,6 @@ class SchedulerState:
         self.outstanding: deque[StepPlan] = deque()
         self.siblings: dict[str, Siblings] = {}
         self.free_slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self.verify_costs = [1.0] * (1 + config.max_drafts)
 
     @property
     def num_running(self) -> int:

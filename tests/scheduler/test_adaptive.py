@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from jaxserve.scheduler import AdaptiveDrafts, SchedulerConfig
 from jaxserve.scheduler.adaptive import DraftLen, Wish, choose_draft_len, compute_bound_cap, judge, verify_costs
 
 RULE = AdaptiveDrafts(token_cost=0.1, compute_bound_tokens=64, window=4, probe_window=1, first_pause=3, max_pause=10)
-LINEAR = [1 + 0.1 * k for k in range(5)]  # costs of a verify step, by the drafts in it
+LINEAR = tuple(1 + 0.1 * k for k in range(5))  # costs of a verify step, by the drafts in it
 
 
 def tokens(rate, k):
@@ -86,7 +87,7 @@ def test_useless_drafts_pause_twice_as_long_each_time():
 def test_who_is_outvoted_for_long_is_measured_anew():
     draft_len = DraftLen(4, RULE)
     for accepted in (4, 1, 1, 1):
-        draft_len.record(4, accepted, [1.0] * 5)
+        draft_len.record(4, accepted, (1.0,) * 5)
     assert draft_len.wish == (0.7, 4)
     waits = []
     for _ in range(4):
@@ -95,7 +96,7 @@ def test_who_is_outvoted_for_long_is_measured_anew():
             draft_len.outvoted()
             steps += 1
         waits.append(steps)
-        draft_len.record(4, 2, [1.0] * 5)
+        draft_len.record(4, 2, (1.0,) * 5)
     assert waits == [3, 6, 10, 10]
 
 
@@ -114,6 +115,27 @@ def test_a_probe_is_a_step_and_waits_for_what_it_says():
     draft_len.probed()
     draft_len.record(4, 4, LINEAR)
     assert draft_len.now == 4
+
+
+def test_a_probe_that_is_interrupted_starts_again():
+    """After each of its steps, whether its result came or not."""
+    for planned in range(3):
+        for returned in range(planned):
+            draft_len = DraftLen(4, AdaptiveDrafts(first_pause=1))
+            for _ in range(4):
+                draft_len.record(4, 0, LINEAR)
+            draft_len.rest()
+            assert (draft_len.now, draft_len.probe_len) == (4, 2)
+            for _ in range(planned):
+                draft_len.probed()
+            for _ in range(returned):
+                draft_len.record(4, 0, LINEAR)
+            draft_len.interrupted()
+            for _ in range(2):
+                assert draft_len.now == 4
+                draft_len.probed()
+                draft_len.record(4, 4, LINEAR)
+            assert draft_len.now == 4 and not draft_len.probe_len and not draft_len.rest_len
 
 
 def test_compute_bound_cap():
@@ -190,3 +212,54 @@ def test_a_wide_batch_loses_its_drafts_until_rows_leave():
     assert found[16] == {0} and max(found) == 16
     assert all(num_rows * (1 + max(drafts)) <= 16 for num_rows, drafts in found.items())
     assert max(found[2]) == 4
+
+
+def test_preempted_in_the_middle_of_a_probe_it_drafts_again():
+    """At every step of two pauses and their probes, with what is in flight: drafts come back when they pay again."""
+    rule = AdaptiveDrafts(token_cost=0.1, window=4, probe_window=2, first_pause=3, max_pause=6)
+    for moment in range(2, 24):
+        world = world_for(rule, max_num_seqs=1, run_ahead=1, enable_prefix_caching=False)
+        (choice,) = world.add([1, 2], SamplingParams(max_tokens=300, ignore_eos=True))
+        for step in range(60):
+            world.dispatch(lambda most, step=step: (most, most if step > 30 else 0))
+            if step == moment:
+                world.preempt(choice)
+            while len(world.steps) > 1:
+                world.commit()
+        assert choice.num_preemptions == 1
+        assert int(world.steps[-1][0].num_drafts.max()) == 4, moment
+
+
+def test_drafts_are_judged_by_the_costs_of_the_step_that_verified_them(monkeypatch):
+    """Run ahead of them are steps of other costs, in which fewer choices draft or more of them run."""
+    rule = AdaptiveDrafts(token_cost=0.1, step_costs=((8, 1.0), (64, 3.0)), window=4, probe_window=2, first_pause=3)
+    world = world_for(rule, max_num_seqs=3, run_ahead=2)
+    judged, correct = [], DraftLen.record
+    monkeypatch.setattr(DraftLen, "record", lambda *args: (judged.append(args[-1]), correct(*args)))
+    for number in range(3):
+        world.add([1, 2, number], SamplingParams(max_tokens=60 + 20 * number, ignore_eos=True))
+    num_other = 0
+    for _ in range(120):
+        world.dispatch(lambda most: (most, most // 2))
+        if len(world.steps) > 2 or not world.scheduler.has_work:
+            plan, (newest, _) = world.steps[0][0], world.steps[-1]
+            world.commit()
+            assert judged == [plan.verify_costs] * int(np.count_nonzero(plan.num_drafts))
+            num_other += bool(judged) and newest.verify_costs != plan.verify_costs
+            judged.clear()
+    assert num_other
+
+
+def test_a_step_costs_what_its_chunks_of_prompts_make_it_hold():
+    """Beside a chunk of 20 tokens drafts cost nothing more. The 61 that are left after it are not all in one step."""
+    rule = AdaptiveDrafts(token_cost=0.1, step_costs=((8, 1.0), (64, 3.0), (256, 9.0)))
+    world = world_for(rule, max_num_seqs=2, run_ahead=0, max_prefill_chunk_len=20)
+    world.add([1, 2], SamplingParams(max_tokens=60, ignore_eos=True))
+    costs = []
+    for step in range(12):
+        if step == 2:
+            world.add([1] * 81, SamplingParams(max_tokens=60, ignore_eos=True))
+        world.dispatch(lambda most: (most, most))
+        costs.append((world.steps[0][0].num_tokens, world.steps[0][0].verify_costs[-1:]))
+        world.commit()
+    assert costs[1] == (5, (1.4,)) and costs[3] == (25, (1.4,))
