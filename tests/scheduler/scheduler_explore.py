@@ -17,20 +17,24 @@ PROMPT = [1, 2, 3, 4, 5, 1, 3, 5, 2, 4, 0, 1, 2, 0, 3, 4, 5, 0, 1, 1]
 
 @dataclass
 class Tally:
-    """What was explored. ``num_schedules`` counts calls of ``schedule`` whose plan was run and checked."""
+    """What was explored.
+
+    ``num_schedules`` counts calls of ``schedule`` whose plan was run and checked, ``num_truncated`` the settings that
+    have more states than were looked at.
+    """
 
     num_states: int = 0
     num_schedules: int = 0
     num_moves: int = 0
     num_preemptions: int = 0
-    truncated: bool = False
+    num_truncated: int = 0
 
     def add(self, other: Tally) -> None:
         self.num_states += other.num_states
         self.num_schedules += other.num_schedules
         self.num_moves += other.num_moves
         self.num_preemptions += other.num_preemptions
-        self.truncated = self.truncated or other.truncated
+        self.num_truncated += other.num_truncated
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ def explore(setting: Setting, max_states: int = 10**9, drain_every: int = 40) ->
                 key = state_key(world)
                 if key not in seen:
                     if len(seen) >= max_states:
-                        tally.truncated = True
+                        tally.num_truncated = 1
                         continue
                     seen.add(key)
                     following.append(pickle.dumps(world))

@@ -1,6 +1,7 @@
 """Every move from every distinct state of small schedulers: block sizes 1, 2, 4, K 0..4, max_model_len 4..20.
 
-The bounded sweeps run by default; the wide one is marked slow, and ``soak.py`` goes on from there.
+By default most of them run to the end, and the longest up to a bound; the slow ones run those to the end, and more
+settings. ``soak.py`` goes on from there.
 """
 
 import pytest
@@ -14,20 +15,29 @@ def sweep(settings: list[Setting], max_states: int) -> Tally:
     return tally
 
 
+NO_BOUND = 10**9
+
+
+@pytest.mark.parametrize("max_states", [250, pytest.param(NO_BOUND, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("block_size", [1, 2, 4])
-def test_every_accept_pattern_at_the_context_limit(block_size):
+def test_every_accept_pattern_at_the_context_limit(block_size, max_states):
+    """Of 91 settings 74 end within the bound."""
     settings = boundary_settings(range(4, 21, 4), range(5), (block_size,), (0,))
-    tally = sweep(settings, 45)
-    assert tally.num_states > 1500
+    tally = sweep(settings, max_states)
+    assert len(settings) == 91 and tally.num_truncated == (17 if max_states == 250 else 0)
+    assert tally.num_states > (7_700 if max_states == 250 else 19_500)
 
 
-@pytest.mark.parametrize("run_ahead", [1, 3])
-def test_every_accept_pattern_under_run_ahead(run_ahead):
+@pytest.mark.parametrize(
+    ("run_ahead", "max_states"), [(1, NO_BOUND), (3, 300), pytest.param(3, NO_BOUND, marks=pytest.mark.slow)]
+)
+def test_every_accept_pattern_under_run_ahead(run_ahead, max_states):
     settings = [
         Setting(block_size, num_drafts, max_model_len, run_ahead, (max_model_len - 8,))
         for block_size, num_drafts, max_model_len in [(1, 4, 12), (2, 2, 11), (2, 4, 12), (4, 3, 14)]
     ]
-    tally = sweep(settings, 300)
+    tally = sweep(settings, max_states)
+    assert tally.num_truncated == (4 if max_states == 300 else 0)
     assert tally.num_states > 1000
 
 
