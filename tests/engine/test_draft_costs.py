@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 from speculation_cases import SMALL
 
+from jaxserve import SamplingParams
 from jaxserve.config import EngineConfig, SpeculativeConfig
 from jaxserve.engine.draft_costs import adaptive_rule, step_cost, without_hopeless_drafts
+from jaxserve.errors import InvalidRequestError
 from jaxserve.runner.buckets import row_buckets, token_buckets
 from jaxserve.scheduler.adaptive import Wish, choose_draft_len, verify_costs
 
@@ -86,7 +88,10 @@ def test_a_copy_that_cannot_pay_is_left_out_with_a_warning(caplog):
 
 def test_the_engine_is_one_without_speculation_then(tiny):
     """Nothing of the copy is loaded or computed, and a request that asks for drafts hears of it."""
-    engine = tiny("llama", **SMALL, speculative_config=TWIN).engine
+    without = tiny("llama", **SMALL, speculative_config=TWIN)
+    engine = without.engine
     compiler = engine.core.runner.compiler()
     assert compiler.drafter is None and compiler.config.max_drafts == 0
     assert engine.core.scheduler.config.max_drafts == 0 and engine.config.speculative_config is None
+    with without.llm() as llm, pytest.raises(InvalidRequestError, match="num_speculative_tokens is 1"):
+        llm.generate([[1, 2]], SamplingParams(num_speculative_tokens=1), use_tqdm=False)
