@@ -25,14 +25,18 @@ _PART = 16  # rows of a unit that are left out of a copy together
 _NO_MAXIMUM = -1e30  # start of running maxima: finite, so that a wholly masked row has alpha = 1 and p = 0
 
 
-def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
-    """``[..., rows, D]`` tiles in shared memory in the layout that TMA writes and wgmma reads."""
+def smem_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """Of tiles in the layout that TMA writes and wgmma reads: 8 rows of up to 128 bytes, swizzled."""
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = min(128, shape[-1] * itemsize)
+    swizzle = min(128, columns * itemsize)
     # An empty method of the base class looks abstract to mypy.
     tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]
-    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
+
+
+def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
+    """``[..., rows, D]`` such tiles in shared memory."""
+    return plgpu.SMEM(shape, dtype, transforms=smem_transforms(shape[-1], dtype))
 
 
 def mma_dtype(spec: AttentionSpec) -> Any:

@@ -1,0 +1,108 @@
+"""What stands between one layer's attention and the next one's, as one op: output product, residual, norm, gated MLP,
+residual, norm, and the next layer's qkv product.
+
+Kernels of their own for each of these spend more time on starting, and on waiting for their slowest part, than on
+reading a small model's weights. The op is one launch (gpu.py), for few rows; where ``supports`` says why not, a caller
+composes a layer of XLA's products. The op rounds less often than those: sums of products stay in float32 until the
+residual is added or the gate is multiplied by up.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Shape, word_places
+from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
+
+MAX_ROWS = 32
+# Of a layer's weights, in bytes: where reading them takes long, XLA's products read them as fast, and at 100 MB faster.
+MAX_BYTES = 64 * 2**20
+_CAPABILITY = "9.0"
+
+
+class UnsupportedPostAttentionError(ValueError):
+    """The op can't run; the message says why."""
+
+
+def supports(shape: Shape, spec: PostAttentionSpec, dtype: Any, capability: str | None) -> str | None:
+    """Why the op can't run, or isn't worth it; None if it can.
+
+    Args:
+        dtype: of activations and weights.
+        capability: of the GPU, such as "9.0"; None: the device isn't one.
+    """
+    sizes = {"attention width": shape.A, "model dim": shape.E, "ffn dim": shape.F, "qkv width": shape.Q}
+    odd = [f"{name} is {size}" for name, size in sizes.items() if size % COLUMNS]
+    if capability != _CAPABILITY:
+        return f"it is written for compute capability {_CAPABILITY}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it computes in bfloat16, not {jnp.dtype(dtype).name}"
+    if spec.activation not in ("silu", "gelu_tanh"):
+        return f"its activations are silu and gelu_tanh, not {spec.activation}"
+    if odd:
+        return f"{odd[0]}, no multiple of {COLUMNS}"
+    if shape.R % ITEM_ROWS or not 0 < shape.R <= MAX_ROWS:
+        return f"it takes {ITEM_ROWS} to {MAX_ROWS} rows, a multiple of {ITEM_ROWS}, not {shape.R}"
+    if layer_bytes(shape) > MAX_BYTES:
+        return f"a layer has {layer_bytes(shape) >> 20} MiB: above {MAX_BYTES >> 20}, products of their own are as fast"
+    return None
+
+
+def layer_bytes(shape: Shape) -> int:
+    """Of the weights that one launch reads."""
+    return 2 * (shape.A * shape.E + 3 * shape.E * shape.F + shape.E * shape.Q)
+
+
+def empty_words(shape: Shape, num_ctas: int) -> Words:
+    """What the first launch of a step is given."""
+    places = word_places(shape, num_ctas)
+    sizes = places.num_piece_words, places.num_words, places.num_words
+    return Words(*(jnp.full(size, -1, jnp.int32) for size in sizes))
+
+
+def post_attention(
+    attended: jax.Array,  # [R, A] bfloat16
+    x: jax.Array,  # [R, E] bfloat16
+    layer: LayerWeights,
+    following: NextWeights,
+    words: Words,
+    spec: PostAttentionSpec,
+    num_ctas: int,
+) -> tuple[jax.Array, jax.Array, Words]:
+    """The residual stream [R, E] after ``layer``, and ``following``'s qkv [R, Q].
+
+    Args:
+        attended: what the layer's attention gave, heads side by side.
+        x: the residual stream before it.
+        words: ``empty_words`` of the same shape and ``num_ctas`` for a step's first launch, then what the last one
+            returned. Donated: the array isn't to be used again.
+        num_ctas: multiprocessors of the GPU. All CTAs of the launch wait for each other, so that many must be able to
+            run at once: the GPU is this process's own, and nothing else that waits runs on it at the time.
+
+    Raises:
+        UnsupportedPostAttentionError: the kernel can't compute these shapes.
+        ValueError: shapes don't fit together.
+    """
+    shape = Shape(attended.shape[0], attended.shape[1], x.shape[1], layer.down.shape[0], following.qkv.shape[1])
+    R, A, E, F, Q = shape.R, shape.A, shape.E, shape.F, shape.Q
+    for name, array, expected in (
+        ("x", x, (R, E)),
+        ("o", layer.o, (A, E)),
+        ("mlp_norm", layer.mlp_norm, (E,)),
+        ("gate_up", layer.gate_up, (E, 2 * F)),
+        ("down", layer.down, (F, E)),
+        ("attn_norm", following.attn_norm, (E,)),
+        ("qkv", following.qkv, (E, Q)),
+    ):
+        if array.shape != expected or array.dtype != attended.dtype:
+            raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; expected {attended.dtype}{list(expected)}")
+    reason = supports(shape, spec, attended.dtype, _CAPABILITY)
+    if reason is not None:
+        raise UnsupportedPostAttentionError(f"post_attention can't run: {reason}")
+    # Imported here: a machine without a GPU may lack what the kernel's module needs.
+    gpu = importlib.import_module("pallas_kernels.post_attention.gpu")
+    return gpu.post_attention(attended, x, layer, following, words, spec=spec, num_ctas=num_ctas)

@@ -1,0 +1,292 @@
+"""How CTAs hand each other values inside one launch: each word is its own flag.
+
+A word that is ``EMPTY`` hasn't been written. Who needs it reads it until it is something else: that is one way through
+the L2 cache, where a counter takes the writer's fence, the count, the reader's poll and then the read. Words are
+written and read with relaxed accesses of the GPU's scope, which are single-copy atomic; no order between words is used.
+
+``EMPTY`` is a NaN as float32 and as a pair of bfloat16 that no instruction makes: a NaN of arithmetic or of a
+conversion is 0x7fffffff or 0x7fff.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mosaic
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, scf, vector
+
+from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, TILE
+from pallas_kernels.ragged_paged_attention.gpu_tile import smem_transforms
+
+EMPTY = -1
+WARPGROUP = 128  # threads
+_CHUNK = 4  # words that a thread reads at once
+
+# A thread has 4 neighbouring columns of a row; a row's 16 threads are in one warp.
+ITEM = plgpu.Layout.TILED(
+    plgpu.Tiling(((ITEM_ROWS, COLUMNS), (ITEM_ROWS // 4, COLUMNS), (4,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+_SUM = plgpu.ShapeDtypeStruct((ITEM_ROWS, COLUMNS), jnp.float32, layout=ITEM)
+
+
+def publish_piece(
+    piece: jax.Array,  # float32[64, R], in the WGMMA layout
+    words: Any,  # int32[n] in global memory
+    begin: jax.Array,  # int32[], of the words that are written
+) -> None:
+    """A piece of a sum, transposed: ``[R, 64]`` words."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), _SCALAR))
+    def store(_: Any, piece: Any, words: Any, begin: Any) -> None:
+        first = _address(words, begin.registers.item())
+        for (column, row), pair in zip(piece.layout.thread_idxs(piece.shape), piece.registers.flat, strict=True):
+            place = arith.addi(arith.muli(_i32(row), _c(COLUMNS)), _i32(column))
+            for i in range(2):
+                value = arith.bitcast(_type(), vector.extract(pair, [], [i]))
+                _store(mgpu.getelementptr(first, [arith.addi(place, _c(i * COLUMNS))], _type()), [value])
+
+    store(piece, words, begin)
+
+
+def sum_pieces(
+    words: Any,  # int32[n] in global memory
+    begins: Sequence[Sequence[jax.Array]],  # int32[], of each sum's pieces: of their 8 rows of 64 words
+    num: jax.Array,  # int32[], of those that count; the others may be any of them again
+) -> list[jax.Array]:  # float32[8, 64]
+    """Awaits the pieces and adds them in their order. Leaves their words empty for the next launch."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), _SCALAR, *[_SCALAR] * sum(map(len, begins))), return_type=[_SUM] * len(begins)
+    )
+    def read(_: Any, words: Any, num: Any, *flat: Any) -> list[Any]:
+        row, column = _item_place()
+        place = arith.addi(arith.muli(row, _c(COLUMNS)), column)
+        addresses = [_address(words, arith.addi(place, begin.registers.item())) for begin in flat]
+        values = _poll(addresses, _CHUNK)
+        for address in addresses:
+            _store(address, [_c(EMPTY)] * _CHUNK)
+        sums, rest = [], list(values)
+        for pieces in begins:
+            mine, rest = rest[: len(pieces)], rest[len(pieces) :]
+            total = _floats(mine[0])
+            for i, piece in enumerate(mine[1:], 1):
+                counts = arith.cmpi(arith.CmpIPredicate.sgt, num.registers.item(), _c(i))
+                total = arith.select(counts, arith.addf(total, _floats(piece)), total)
+            sums.append(_item_array(total))
+        return sums
+
+    return read(words, num, *[begin for pieces in begins for begin in pieces])
+
+
+def publish_item(
+    value: jax.Array,  # bfloat16[8, 64] in the ITEM layout
+    words: Any,  # int32[n] in global memory
+    begin: jax.Array,  # int32[], of its first row
+    stride: int,  # words between rows
+) -> None:
+    """Activations for the next product."""
+
+    @plgpu.inline_mgpu(arg_types=(ITEM, plgpu.RefType(), _SCALAR))
+    def store(_: Any, value: Any, words: Any, begin: Any) -> None:
+        row, column = _item_place()
+        place = arith.addi(arith.muli(row, _c(stride)), arith.shrui(column, _c(1)))
+        pairs = vector.bitcast(ir.VectorType.get((2,), _type()), value.registers.item())
+        _store(
+            _address(words, arith.addi(begin.registers.item(), place)),
+            [vector.extract(pairs, [], [i]) for i in range(2)],
+        )
+
+    store(value, words, begin)
+
+
+def publish_rows(
+    value: jax.Array,  # float32[8, 64] in the ITEM layout, the same in all columns
+    words: Any,  # int32[n] in global memory
+    begin: jax.Array,  # int32[], of its first row
+    stride: int,  # words between rows
+) -> None:
+    """A word for each row."""
+
+    @plgpu.inline_mgpu(arg_types=(ITEM, plgpu.RefType(), _SCALAR))
+    def store(_: Any, value: Any, words: Any, begin: Any) -> None:
+        row, column = _item_place()
+        with _when(arith.cmpi(arith.CmpIPredicate.eq, column, _c(0))):
+            address = _address(words, arith.addi(begin.registers.item(), arith.muli(row, _c(stride))))
+            _store(address, [arith.bitcast(_type(), vector.extract(value.registers.item(), [], [0]))])
+
+    store(value, words, begin)
+
+
+def sum_rows(
+    words: Any,  # int32[n] in global memory
+    begin: jax.Array,  # int32[], of the first row
+    stride: int,  # words between rows
+    num: int,  # words of a row
+) -> jax.Array:  # float32[8, 64], the same in all columns
+    """Awaits the words of 8 rows and adds each row's in their order."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=_SUM)
+    def read(_: Any, words: Any, begin: Any) -> Any:
+        row, _ = _item_place()
+        first = arith.addi(begin.registers.item(), arith.muli(row, _c(stride)))
+        whole = num // _CHUNK * _CHUNK
+        chunks = _poll([_address(words, arith.addi(first, _c(i))) for i in range(0, whole, _CHUNK)], _CHUNK)
+        singles = _poll([_address(words, arith.addi(first, _c(i))) for i in range(whole, num)], 1)
+        values = [arith.bitcast(ir.F32Type.get(), word) for group in (*chunks, *singles) for word in group]
+        total = functools.reduce(arith.addf, values)
+        return _item_array(vector.broadcast(ir.VectorType.get((_CHUNK,), ir.F32Type.get()), total))
+
+    return read(words, begin)
+
+
+def receive(
+    source: Any,  # int32[n] words of [R, steps * depth] bfloat16 from ``begin`` on, or that matrix itself
+    begin: int,
+    steps: int,
+    tiles: Any,  # bfloat16[turns, U, R, depth] in shared memory
+    turn: jax.Array,  # int32[], of the tiles
+    step: jax.Array,  # int32[], the first unit; past the last one comes the first again
+    num: jax.Array,  # int32[], units that are asked for, at least 1
+    *,
+    polled: bool,
+) -> None:
+    """Copies units of activations into shared memory, where the tensor cores find them; all at once."""
+    _, U, R, depth = tiles.shape
+    row_chunks, row_tiles = depth // 8, depth // TILE  # a chunk is 16 bytes
+    row_words = steps * depth // 2
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(smem_transforms(TILE, jnp.bfloat16)), _SCALAR, _SCALAR, _SCALAR)
+    )
+    def copy(_: Any, source: Any, tiles: Any, turn: Any, step: Any, num: Any) -> None:
+        turn, step, num = (x.registers.item() for x in (turn, step, num))
+        thread = arith.remui(mgpu.thread_idx(), _c(WARPGROUP))
+        first = arith.muli(turn, _c(U * R * depth * 2))
+        last = arith.subi(num, _c(1))
+        addresses, places = [], []
+        for i in range(U * R * row_chunks // WARPGROUP):
+            chunk = arith.addi(thread, _c(i * WARPGROUP))
+            rows, column = arith.divui(chunk, _c(row_chunks)), arith.remui(chunk, _c(row_chunks))
+            unit, row = arith.divui(rows, _c(R)), arith.remui(rows, _c(R))
+            wanted = arith.remui(arith.addi(step, arith.minui(unit, last)), _c(steps))
+            word = arith.addi(arith.muli(row, _c(row_words)), arith.muli(wanted, _c(depth // 2)))
+            addresses.append(_address(source, arith.addi(word, arith.addi(_c(begin), arith.muli(column, _c(_CHUNK))))))
+            # Tiles of 8 rows of 128 bytes, whose chunks are swizzled.
+            row_tile, in_tile = arith.divui(rows, _c(8)), arith.remui(rows, _c(8))
+            tile = arith.addi(arith.muli(row_tile, _c(row_tiles)), arith.divui(column, _c(8)))
+            swizzled = arith.muli(arith.xori(arith.remui(column, _c(8)), in_tile), _c(16))
+            place = arith.addi(arith.muli(tile, _c(1024)), arith.addi(arith.muli(in_tile, _c(128)), swizzled))
+            places.append(arith.addi(first, place))
+        values = _poll(addresses, _CHUNK) if polled else [_load(address, _CHUNK) for address in addresses]
+        base = mgpu.memref_ptr(tiles)
+        for place, words in zip(places, values, strict=True):
+            address = mgpu.getelementptr(base, [place], ir.IntegerType.get_signless(8))
+            mgpu.inline_ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", address, *words, has_side_effects=True)
+
+    copy(source, tiles, turn, step, num)
+
+
+def empty(words: Any, cta: jax.Array, num_ctas: int) -> None:  # int32[n] in global memory, int32[]
+    """Empties this CTA's share of the words, with one warpgroup."""
+    [size] = words.shape
+    share = WARPGROUP * _CHUNK
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR))
+    def store(_: Any, words: Any, cta: Any) -> None:
+        thread = arith.remui(mgpu.thread_idx(), _c(WARPGROUP))
+        mine = arith.muli(arith.addi(arith.muli(cta.registers.item(), _c(WARPGROUP)), thread), _c(_CHUNK))
+        for i in range(-(-size // (share * num_ctas))):
+            place = arith.addi(mine, _c(i * share * num_ctas))
+            with _when(arith.cmpi(arith.CmpIPredicate.slt, place, _c(size))):
+                _store(_address(words, place), [_c(EMPTY)] * _CHUNK)
+
+    store(words, cta)
+
+
+def _type() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _c(value: int) -> Any:
+    return mgpu.c(value, _type())
+
+
+def _i32(index: Any) -> Any:
+    return arith.index_castui(_type(), index)
+
+
+def _address(ref: Any, word: Any) -> Any:
+    return mgpu.getelementptr(mgpu.memref_ptr(ref), [word], _type())
+
+
+def _item_place() -> tuple[Any, Any]:
+    """Row and first column of a thread in the ITEM layout."""
+    [place] = ITEM.to_mgpu().thread_idxs((ITEM_ROWS, COLUMNS))
+    row, column = (_i32(index) for index in place)
+    return row, column
+
+
+def _item_array(value: Any) -> Any:
+    """Of a vector<4xf32> of each thread."""
+    layout = ITEM.to_mgpu()
+    registers = np.array([value], dtype=object).reshape(layout.registers_shape((ITEM_ROWS, COLUMNS)))
+    return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _floats(words: Sequence[Any]) -> Any:
+    integers = vector.from_elements(ir.VectorType.get((len(words),), _type()), list(words))
+    return vector.bitcast(ir.VectorType.get((len(words),), ir.F32Type.get()), integers)
+
+
+def _load(address: Any, num: int) -> tuple[Any, ...]:
+    if num == 1:
+        return (
+            mgpu.inline_ptx(
+                "ld.relaxed.gpu.global.b32 $0, [$1];", address, result_types=_type(), has_side_effects=True
+            ),
+        )
+    return mgpu.inline_ptx(
+        "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+        address,
+        result_types=[_type()] * 4,
+        has_side_effects=True,
+    )
+
+
+def _store(address: Any, words: Sequence[Any]) -> None:
+    kind = "" if len(words) == 1 else f".v{len(words)}"
+    places = ", ".join(f"${i + 1}" for i in range(len(words)))
+    places = places if len(words) == 1 else f"{{{places}}}"
+    mgpu.inline_ptx(f"st.relaxed.gpu.global{kind}.b32 [$0], {places};", address, *words, has_side_effects=True)
+
+
+def _poll(addresses: Sequence[Any], num: int) -> list[list[Any]]:
+    """Reads ``num`` words at each address until none of all is empty; always all, so that they come together."""
+    if not addresses:
+        return []
+    types = [_type()] * (num * len(addresses))
+    loop = scf.WhileOp(types, [])
+    with ir.InsertionPoint(loop.before.blocks.append()):
+        words = [word for address in addresses for word in _load(address, num)]
+        largest = functools.reduce(arith.maxui, words)
+        scf.condition(arith.cmpi(arith.CmpIPredicate.eq, largest, _c(EMPTY)), words)
+    with ir.InsertionPoint(loop.after.blocks.append(*types)):
+        scf.yield_([])
+    results = list(loop.results)
+    return [results[i : i + num] for i in range(0, len(results), num)]
+
+
+def _when(condition: Any) -> Any:
+    return mgpu.when(condition)
