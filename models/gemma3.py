@@ -10,11 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.qkv_prologue.types import RopeTable
-from pallas_kernels.ragged_paged_attention.types import KVPool
-
 from .config import ModelConfig
-from .layers import Attend, RMSNorm
+from .layers import RMSNorm
 from .llama import Llama, LlamaLayer
 
 
@@ -28,23 +25,16 @@ class Gemma3Layer(LlamaLayer):
     """``x + norm(attn(norm(x)))``, then ``x + norm(mlp(norm(x)))``."""
 
     norm_type = GemmaRMSNorm
+    plain = False
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         super().__init__(config, dtype)
         self.post_attn_norm = GemmaRMSNorm(config.model_dim, config.norm_eps, dtype)
         self.post_mlp_norm = GemmaRMSNorm(config.model_dim, config.norm_eps, dtype)
 
-    def __call__(
-        self,
-        layer: int,
-        x: jax.Array,  # [T, E]
-        rope: RopeTable,
-        pool: KVPool,
-        attend: Attend,
-    ) -> tuple[jax.Array, KVPool]:
-        attended, pool = self.attn(layer, self.attn_norm(x), rope, pool, attend)
-        x = x + self.post_attn_norm(attended)
-        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x))), pool
+    def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:  # [T, E], [T, Hq, D] -> [T, E]
+        x = x + self.post_attn_norm(self.attn.project(out))
+        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
 
 
 class Gemma3(Llama):

@@ -110,15 +110,28 @@ class Attention(nnx.Module):
         rope: RopeTable,
         pool: KVPool,
         attend: Attend,
-    ) -> tuple[jax.Array, KVPool]:
+    ) -> tuple[jax.Array, KVPool]:  # [T, Hq, D]
+        """All but the output projection."""
+        return self.attend(layer, self.qkv(x), rope, pool, attend)
+
+    def attend(
+        self,
+        layer: int,
+        qkv: jax.Array,  # [T, Hk, G+2, D]
+        rope: RopeTable,
+        pool: KVPool,
+        attend: Attend,
+    ) -> tuple[jax.Array, KVPool]:  # [T, Hq, D]
+        """What stands between the two projections."""
         norm = None
         if self.qk_norm:
             q_weight, k_weight = self.q_norm.weight.get_value(), self.k_norm.weight.get_value()
             norm = QKNorm(q_weight, k_weight, self.q_norm.eps, self.q_norm.offset)
-        qkv = self.qkv(x)  # [T, Hk, G+2, D]
-        out, pool = attend(layer, qkv, rope, norm, pool)  # [T, Hq, D]
-        num_tokens, heads, _, head_dim = qkv.shape
-        return self.o(out.reshape(num_tokens, heads, self.group, head_dim)), pool
+        return attend(layer, qkv, rope, norm, pool)
+
+    def project(self, out: jax.Array) -> jax.Array:  # [T, Hq, D] -> [T, E]
+        num_tokens, num_heads, head_dim = out.shape
+        return self.o(out.reshape(num_tokens, num_heads // self.group, self.group, head_dim))
 
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

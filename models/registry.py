@@ -13,15 +13,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.post_attention.api import MAX_ROWS
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 from .config import ModelConfig
+from .fused import FusedLayers, fuse_layers
 from .gemma3 import Gemma3
 from .layers import Attend, LMHead
 from .llama import Llama
 from .mistral import Mistral
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A device: its compute capability, such as "9.0", and how many multiprocessors it has."""
+
+    capability: str
+    multiprocessors: int
+
 
 Params = dict[str, Any]  # nested dict (``layers`` is a list) whose leaves are weights
 
@@ -42,6 +53,7 @@ class Model:
         config: as built, so with the number of KV heads that the build was asked for.
         dtype: of parameters and activations.
         padded_vocab: rows of ``embed.weight`` and ``lm_head.weight``.
+        fusion: whether layers run in one launch each where there are few tokens, or why not.
         params: tree of ``jax.ShapeDtypeStruct``; ``params["layers"]`` is a list, all else are dicts.
         param_axes: the same tree with a tuple of logical axis names at every leaf.
     """
@@ -51,6 +63,7 @@ class Model:
     padded_vocab: int
     params: Params
     param_axes: Params
+    fusion: str
     trunk: nnx.GraphDef
     head: nnx.GraphDef
 
@@ -86,7 +99,9 @@ class Model:
         return {name: params[name] for name in ("final_norm", "embed" if self.config.tie_embeddings else "lm_head")}
 
 
-def build(config: ModelConfig, *, dtype: Any, padded_vocab: int, num_kv_heads: int | None = None) -> Model:
+def build(
+    config: ModelConfig, *, dtype: Any, padded_vocab: int, num_kv_heads: int | None = None, gpu: GPU | None = None
+) -> Model:
     """Builds a model abstractly: no array is made.
 
     Args:
@@ -94,6 +109,7 @@ def build(config: ModelConfig, *, dtype: Any, padded_vocab: int, num_kv_heads: i
         padded_vocab: rows of the vocabulary's tables, at least ``config.vocab_size``.
         num_kv_heads: KV heads to build with, a multiple of the config's own: each is repeated so that more devices than
             KV heads can share the model (``sharding.kv_heads_for``).
+        gpu: that has the whole model, with plain weights, to itself: then a kernel may compute more than attention.
 
     Raises:
         ValueError: an unknown architecture, or sizes that don't fit together.
@@ -110,15 +126,31 @@ def build(config: ModelConfig, *, dtype: Any, padded_vocab: int, num_kv_heads: i
     config = dataclasses.replace(config, num_kv_heads=heads)
     dtype = jnp.dtype(dtype)
     family = _FAMILIES[config.architecture]
-    trunk, trunk_state = nnx.split(family(config, dtype, padded_vocab))
-    head, head_state = nnx.split(LMHead(config, dtype, padded_vocab, family.layer_type.norm_type))
+    layer_type = family.layer_type
+    fused: FusedLayers | str = "a layer's kernel is for plain weights on one GPU"
+    if gpu is not None:
+        fused = fuse_layers(
+            config,
+            norm_offset=layer_type.norm_type.offset,
+            plain=layer_type.plain,
+            dtype=dtype,
+            capability=gpu.capability,
+            num_ctas=gpu.multiprocessors,
+        )
+    if isinstance(fused, str):
+        fusion, trunk = f"XLA's products: {fused}", family(config, dtype, padded_vocab)
+    else:
+        fusion, trunk = f"one launch a layer for up to {MAX_ROWS} tokens", family(config, dtype, padded_vocab, fused)
+    graph, trunk_state = nnx.split(trunk)
+    head, head_state = nnx.split(LMHead(config, dtype, padded_vocab, layer_type.norm_type))
     return Model(
         config=config,
         dtype=dtype,
         padded_vocab=padded_vocab,
         params=_tree(trunk_state, head_state, lambda variable: variable.get_value()),
         param_axes=_tree(trunk_state, head_state, lambda variable: variable.get_metadata("axes")),
-        trunk=trunk,
+        fusion=fusion,
+        trunk=graph,
         head=head,
     )
 

@@ -19,6 +19,7 @@ import numpy as np
 from aot_checks import (
     MIB,
     attention_vmem,
+    check_fused,
     check_kernels,
     check_lowering,
     check_memory,
@@ -32,7 +33,7 @@ from aot_gate import CPU_LIMIT, MAX_MODEL_LEN, MAX_SEQS, ROOT, Case, cases
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.models.registry import build
+from jaxserve.models.registry import GPU, build
 from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention, attention_specs
 from jaxserve.runner.compiler import Compiler, Task
@@ -101,6 +102,7 @@ def compile_and_check(case: Case, executables: dict[str, Lowered]) -> dict[str, 
         if lowered.attention_layers:
             figures["kernels"] = dict(sorted(kernels.items()))
             failures += check_kernels(case, kernels, lowered.attention_layers)
+            failures += check_fused(case, kernels, lowered.attention_layers)
         # In a whole step XLA puts what goes in and out of a kernel there as well.
         if case.kind == "op" and case.target != "h100":
             vmem = attention_vmem(compiled.as_text())
@@ -192,7 +194,9 @@ def step_compiler(case: Case, mesh: Any, num_layers: int | None) -> Compiler:
     """The runner's compiler for the model's first layers (None: all)."""
     model_config = read_model_toml(ROOT / "configs" / "models" / f"{case.model}.toml")
     model_config = dataclasses.replace(model_config, layers=model_config.layers[:num_layers])
-    model = build(model_config, dtype="bfloat16", padded_vocab=model_config.vocab_size)
+    device = mesh.devices.flat[0]
+    gpu = GPU(device.compute_capability, device.core_count) if case.target == "h100" else None
+    model = build(model_config, dtype="bfloat16", padded_vocab=model_config.vocab_size, gpu=gpu)
     specs = attention_specs(
         model_config, block_size=case.block_size, dtype="bfloat16", kv_dtype=case.kv_dtype, shards=1
     )

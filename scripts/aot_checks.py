@@ -27,6 +27,13 @@ def check_kernels(case: Case, kernels: Counter[str], num_layers: int) -> list[st
     return [f"{attention} of our kernels; {case.attention_kernels} in each of {num_layers} layers expected"]
 
 
+def check_fused(case: Case, kernels: Counter[str], num_layers: int) -> list[str]:
+    """Where layers are fused, all but the last one are."""
+    launches = (num_layers - 1) * case.fuses_layers
+    found = kernels["post_attention"]
+    return [] if found == launches else [f"{found} kernels post_attention; {launches} expected"]
+
+
 def check_sampler(case: Case, kernels: Counter[str], *, truncates: bool) -> list[str]:
     """A sampler draws once and, if it truncates, finds one threshold a row: by our kernels, where they are."""
     expected = {"gumbel_argmax": case.sampler_kernels, "truncation_threshold": case.sampler_kernels * truncates}

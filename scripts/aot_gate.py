@@ -12,7 +12,8 @@ be refused. A case passes if
 - the donated KV pool is aliased to the output in whole, so that it is written in place;
 - temporary memory is under the case's bound, far below the pool's size: a copy of the pool is found;
 - every layer's attention is our kernels, all of them, by name: nothing fell back to XLA; on H100 so are the draw and
-  the threshold of top-k and top-p; on TPU the compiler reports of an op the VMEM that it derives;
+  the threshold of top-k and top-p, and layers of few tokens from attention to attention; on TPU the compiler reports
+  of an op the VMEM that it derives;
 - each kernel is lowered once, however many layers call it;
 - no weight in 8 bits is widened to a copy: the matrix products read it as it is.
 
@@ -91,6 +92,11 @@ class Case:
         return 3 if self.target == "h100" and self.num_tokens > MAX_SEQS else 2
 
     @property
+    def fuses_layers(self) -> bool:
+        """Whether a layer's products are one launch with the next one's qkv: few tokens of a small model."""
+        return self.target == "h100" and self.kind == "burst"
+
+    @property
     def sampler_kernels(self) -> int:
         """That draw, and that find thresholds, in a sampler."""
         return int(self.target == "h100")
@@ -128,6 +134,8 @@ def cases() -> list[Case]:
                 ("mixed_soft_cap_sinks_g16", 512, 48, {"soft_cap": 30.0, "has_sinks": True, "num_kv_heads": 2}),
             ]
         found += [Case(target, "op", label, tokens, temp, "", changes) for label, tokens, temp, changes in ops]
+    # The most tokens of fused layers, of a model whose sizes are no multiples of 128.
+    found.append(Case("h100", "burst", "smollm2-135m", 32, 64, "smollm2-135m"))
     for quantization, label, num_tokens, temp, kv_dtype in (
         ("int8", "decode", MAX_SEQS, 64, "bfloat16"),
         ("fp8_weight_only", "decode", MAX_SEQS, 64, "bfloat16"),

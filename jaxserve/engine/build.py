@@ -143,7 +143,7 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         sampling_defaults=checkpoint.sampling_defaults,
         max_model_len=_known(config.max_model_len),
         limits=config.limits,
-        info=describe(config, checkpoint, eos, mesh, selection, memory, executables, sampler, seconds),
+        info=describe(config, checkpoint, eos, mesh, model, selection, memory, executables, sampler, seconds),
     )
     _tell_choice(selection, config.attention_implementation, platform)
     logger.info("KV cache: %s", memory.describe()["kv cache"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
+from jaxserve.models.registry import Model
 from jaxserve.runner.executables import Executables
 from jaxserve.runner.memory import MemoryPlan
 from jaxserve.weights.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ def describe(
     checkpoint: Checkpoint,
     eos: tuple[int, ...],
     mesh: Mesh,
+    model: Model,
     selection: Selection,
     memory: MemoryPlan,
     executables: Executables,
@@ -37,6 +39,7 @@ def describe(
         "quantization": config.quantization or "none",
         "attention": selection.implementation,
         "attention choice": selection.explanation,
+        "layers": model.fusion,
         "sampler": sampler,
         "memory": memory.describe(),
         "max_model_len": config.max_model_len,

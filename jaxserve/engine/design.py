@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.registry import Model, build
+from jaxserve.models.registry import GPU, Model, build
 from jaxserve.models.sharding import kv_heads_for, padded_vocab_for
 from jaxserve.runner.attend import PagedAttention, attention_specs
 from pallas_kernels.ragged_paged_attention.api import (
@@ -46,6 +46,7 @@ def design(
         dtype=config.dtype,
         padded_vocab=padded_vocab_for(shape.vocab_size, shards, _VOCAB_MULTIPLE[mesh.devices.flat[0].platform]),
         num_kv_heads=num_kv_heads,
+        gpu=_gpu(config, mesh),
     )
     specs = attention_specs(
         model.config,
@@ -56,6 +57,15 @@ def design(
     )
     selection = _select(specs, config.attention_implementation, mesh)
     return model, PagedAttention(specs, selection.implementation, mesh), selection
+
+
+def _gpu(config: EngineConfig, mesh: Mesh) -> GPU | None:
+    """The one GPU that has the whole model, where kernels may compute with its weights."""
+    device = mesh.devices.flat[0]
+    kernels = config.attention_implementation != "xla" and config.quantization is None
+    if device.platform != "gpu" or mesh.size > 1 or not kernels:
+        return None
+    return GPU(device.compute_capability, device.core_count)
 
 
 def _select(specs: tuple[AttentionSpec, ...], requested: str, mesh: Mesh) -> Selection:

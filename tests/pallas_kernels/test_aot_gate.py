@@ -70,6 +70,17 @@ def test_attention_that_fell_back_to_xla_is_found() -> None:
     assert checks.check_kernels(_case("h100", num_tokens=512), whole, num_layers=2)  # three kernels a layer
 
 
+def test_layers_that_are_not_fused_are_found() -> None:
+    launch = ("mosaic_gpu_v2", "post_attention")
+    none, one, two = (checks.kernel_calls(_compiled(*[launch] * n)) for n in range(3))
+    burst = gate.Case("h100", "burst", "qwen3-0.6b", 8)
+    assert not checks.check_fused(burst, one, num_layers=2)
+    assert checks.check_fused(burst, none, num_layers=2) == ["0 kernels post_attention; 1 expected"]
+    assert checks.check_fused(burst, two, num_layers=2)
+    assert not checks.check_fused(_case("h100"), none, num_layers=2)
+    assert checks.check_fused(_case("h100"), one, num_layers=2)
+
+
 def test_a_sampler_that_fell_back_to_xla_is_found() -> None:
     draw = checks.kernel_calls(_compiled(("mosaic_gpu_v2", "gumbel_argmax")))
     nothing = checks.kernel_calls("")

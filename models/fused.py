@@ -1,0 +1,56 @@
+"""Which models run one layer's products in one launch with the next one's qkv, where there are few tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+
+from pallas_kernels.post_attention.api import MAX_ROWS, supports
+from pallas_kernels.post_attention.plan import ITEM_ROWS, Shape
+from pallas_kernels.post_attention.types import PostAttentionSpec
+
+from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class FusedLayers:
+    """Static: the op's settings, its shape but for the rows, and the CTAs of a launch."""
+
+    spec: PostAttentionSpec
+    shape: Shape
+    num_ctas: int
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens runs like this."""
+        return num_tokens % ITEM_ROWS == 0 and 0 < num_tokens <= MAX_ROWS
+
+    def rows(self, num_tokens: int) -> Shape:
+        return replace(self.shape, R=num_tokens)
+
+
+def fuse_layers(
+    config: ModelConfig, *, norm_offset: float, plain: bool, dtype: jnp.dtype, capability: str | None, num_ctas: int
+) -> FusedLayers | str:
+    """The layers of a model on a GPU; or why they aren't fused.
+
+    Args:
+        norm_offset: of the layers' norms.
+        plain: whether layers are ``x + attn(norm(x))``, then ``x + mlp(norm(x))``, and nothing else.
+        capability: of the device, None where it isn't a GPU.
+        num_ctas: its multiprocessors.
+    """
+    if not plain:
+        return f"layers of {config.architecture} have more norms"
+    if config.qkv_bias:
+        return "qkv has a bias"
+    heads = config.num_heads + 2 * config.num_kv_heads
+    shape = Shape(
+        R=ITEM_ROWS,
+        A=config.num_heads * config.head_dim,
+        E=config.model_dim,
+        F=config.ffn_dim,
+        Q=heads * config.head_dim,
+    )
+    spec = PostAttentionSpec(eps=config.norm_eps, norm_offset=norm_offset, activation=config.activation)
+    return supports(shape, spec, dtype, capability) or FusedLayers(spec, shape, num_ctas)

@@ -1,0 +1,104 @@
+"""Layers in one launch each: which models, and that the model hands the op what a layer of products computes with.
+
+The op itself needs a GPU (tests/pallas_kernels/test_post_attention.py); here its reference stands for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_attention import dense_attend, random_params
+from small_configs import FAMILIES
+
+from jaxserve.models import llama
+from jaxserve.models.quantized import quantize_int8
+from jaxserve.models.registry import GPU, build
+from pallas_kernels.post_attention import reference
+
+HOPPER = GPU("9.0", 132)
+SIZES = {"model_dim": 64, "ffn_dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+PLAIN = ["llama", "mistral", "qwen3"]
+
+
+def small(name, **changes):
+    return replace(FAMILIES[name], **SIZES, **changes)
+
+
+def hidden(model, params, num_tokens=8):
+    token_ids = jnp.arange(num_tokens, dtype=jnp.int32) * 7 % 131
+    run = jax.jit(
+        lambda params: model.hidden(
+            params, token_ids, token_ids * 0 + jnp.arange(num_tokens), (None,) * 3, dense_attend(model.config)
+        )[0]
+    )
+    return np.asarray(run(params), np.float32)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The op's reference in its place; the layers whose launches were traced."""
+    seen = []
+
+    def post_attention(attended, x, layer, following, words, spec, num_ctas):
+        assert num_ctas == HOPPER.multiprocessors
+        assert words.turn == len(seen), "each launch gets what the one before has left"
+        seen.append(spec)
+        return *reference.post_attention(attended, x, layer, following, spec), Turn(len(seen))
+
+    class Turn(int):
+        turn = property(int)
+
+    monkeypatch.setattr(llama, "empty_words", lambda shape, num_ctas: Turn(0))
+    monkeypatch.setattr(llama, "post_attention", post_attention)
+    return seen
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_fused_model_is_the_model(launches, name):
+    """Same roundings, so the same bits: weights are those of the right layer, in the right order."""
+    fused, plain = (build(small(name), dtype="bfloat16", padded_vocab=136, gpu=gpu) for gpu in (HOPPER, None))
+    assert fused.fusion == "one launch a layer for up to 32 tokens"
+    params = random_params(plain)
+    np.testing.assert_array_equal(hidden(fused, params), hidden(plain, params))
+    assert len(launches) == 2, "the last layer has no next one"
+    assert {(spec.eps, spec.norm_offset, spec.activation) for spec in launches} == {(1e-6, 0.0, "silu")}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 12, 40, 64])
+def test_other_numbers_of_tokens_are_computed_by_products(launches, num_tokens):
+    fused, plain = (build(small("llama"), dtype="bfloat16", padded_vocab=136, gpu=gpu) for gpu in (HOPPER, None))
+    params = random_params(plain)
+    np.testing.assert_array_equal(hidden(fused, params, num_tokens), hidden(plain, params, num_tokens))
+    assert not launches
+
+
+def test_packed_weights_are_computed_by_products(launches):
+    """A quantised copy of a target is the same model with other weights."""
+    model = build(small("llama"), dtype="bfloat16", padded_vocab=136, gpu=HOPPER)
+    params = random_params(model)
+    down = params["layers"][1]["mlp"]["down"]
+    down["weight"] = quantize_int8(down["weight"], (0,))
+    hidden(model, params)
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "gpu", "dtype", "reason"),
+    [
+        ("llama", {}, None, "bfloat16", "a layer's kernel is for plain weights on one GPU"),
+        ("llama", {}, HOPPER, "float32", "it computes in bfloat16, not float32"),
+        ("llama", {}, GPU("8.0", 108), "bfloat16", "it is written for compute capability 9.0"),
+        ("llama", {"ffn_dim": 76}, HOPPER, "bfloat16", "ffn dim is 76, no multiple of 64"),
+        ("qwen2", {}, HOPPER, "bfloat16", "qkv has a bias"),
+        ("gemma3", {}, HOPPER, "bfloat16", "layers of gemma3 have more norms"),
+    ],
+)
+def test_models_that_are_not_fused_say_why(launches, name, changes, gpu, dtype, reason):
+    model = build(replace(small(name), **changes), dtype=dtype, padded_vocab=136, gpu=gpu)
+    assert model.fusion == f"XLA's products: {reason}"
+    hidden(model, random_params(model))
+    assert not launches
