@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gumbel_argmax import reference
 from pallas_kernels.gumbel_argmax.noise import HALF
+from pallas_kernels.lower_once import run_lowered
 
 IMPLEMENTATIONS = ("pallas_gpu", "xla")
 
@@ -60,4 +61,4 @@ def gumbel_argmax(
         raise ValueError(f"implementation 'pallas_gpu' can't be used: {reason}")
     # Imported here: a machine without a GPU may lack what the kernel's module needs.
     gpu = importlib.import_module("pallas_kernels.gumbel_argmax.gpu")
-    return gpu.gumbel_argmax(logits, temperature, keys, vocab_size)
+    return run_lowered(gpu.gumbel_argmax, {"vocab_size": vocab_size}, logits=logits, temperature=temperature, keys=keys)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.lower_once import run_lowered
 from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Shape, word_places
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
 
@@ -105,4 +106,6 @@ def post_attention(
         raise UnsupportedPostAttentionError(f"post_attention can't run: {reason}")
     # Imported here: a machine without a GPU may lack what the kernel's module needs.
     gpu = importlib.import_module("pallas_kernels.post_attention.gpu")
-    return gpu.post_attention(attended, x, layer, following, words, spec=spec, num_ctas=num_ctas)
+    settings = {"spec": spec, "num_ctas": num_ctas}
+    arrays = {"attended": attended, "x": x, "layer": layer, "following": following, "words": words}
+    return run_lowered(gpu.post_attention, settings, **arrays)

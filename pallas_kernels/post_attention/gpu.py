@@ -6,7 +6,7 @@ shared memory, as far ahead as the ring is deep; what separates the phases is wa
 
 - A phase's weight is a line of units, cut into equal shares (plan.py). What a share has of one column of units is a
   piece of its sum. The computing warpgroup multiplies the weight, transposed, by the activations, so that a product is
-  as wide as there are rows, and hands the piece on (words.py).
+  as wide as there are rows, and hands the piece on (exchange.py).
 - What the phase needs of whole sums (residual and sum of squares, the activation, the result) is done by items of 8
   rows and 64 columns, spread over the CTAs. An item awaits its column's pieces and adds them in their order, so the
   result doesn't depend on time.
@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lane import when
-from pallas_kernels.post_attention import words
+from pallas_kernels.post_attention import exchange
 from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Phase, Shape, phases, word_places
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
 from pallas_kernels.ragged_paged_attention.gpu_tile import smem_tile
@@ -58,7 +58,7 @@ def post_attention(
     x: jax.Array,  # [R, E] bfloat16
     layer: LayerWeights,
     following: NextWeights,
-    exchange: Words,
+    words: Words,
     spec: PostAttentionSpec,
     num_ctas: int,
 ) -> tuple[jax.Array, jax.Array, Words]:  # [R, E], [R, Q]
@@ -80,7 +80,7 @@ def post_attention(
         *weight_refs, pieces_ref, current_ref, stale_ref, mid_ref, out_ref, qkv_ref, scratch = rest
         w_smem, w_full, w_free, a_smem, a_full, a_free = scratch
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        load = functools.partial(plgpu.load, layout=words.ITEM, optimized=False)
+        load = functools.partial(plgpu.load, layout=exchange.ITEM, optimized=False)
 
         shares = [[p.begin(jnp.minimum(cta + i, p.num_ctas)) for i in range(2)] for p in line]
         starts = [(jnp.int32(0), jnp.int32(0))]  # units of weights and turns of activations before each phase
@@ -125,7 +125,7 @@ def post_attention(
                     def _() -> None:
                         plgpu.barrier_wait(a_free.at[slot])
 
-                    words.receive(
+                    exchange.receive(
                         current_ref if i else attended_ref,
                         places.activations[i - 1] if i else 0,
                         p.steps,
@@ -194,7 +194,7 @@ def post_attention(
 
                 sums = pl.run_scoped(products, *[plgpu.ACC((COLUMNS, R), jnp.float32)] * p.parts)
                 for part, value in enumerate(sums):
-                    words.publish_piece(value, pieces_ref, piece_words(i, cta * p.max_pieces_of_cta + piece, part))
+                    exchange.publish_piece(value, pieces_ref, piece_words(i, cta * p.max_pieces_of_cta + piece, part))
 
         def piece_words(i: int, slot: jax.Array, part: int) -> jax.Array:
             return places.pieces[i] + (slot * line[i].parts + part) * (R * COLUMNS)
@@ -219,12 +219,12 @@ def post_attention(
             owners = [jnp.minimum(first + n, last) for n in range(p.max_pieces_of_column)]
             slots = [owner * p.max_pieces_of_cta + column - p.first_column(owner) for owner in owners]
             begins = [[piece_words(i, slot, part) + row * COLUMNS for slot in slots] for part in range(p.parts)]
-            return words.sum_pieces(pieces_ref, begins, last - first + 1)
+            return exchange.sum_pieces(pieces_ref, begins, last - first + 1)
 
         def factor(which: int, row: jax.Array) -> jax.Array:
             """A norm's factor of each row: float32[ITEM_ROWS, COLUMNS], the same in all columns."""
             begin = places.squares[which] + row * places.square_stride
-            total = words.sum_rows(current_ref, begin, places.square_stride, E // COLUMNS)
+            total = exchange.sum_rows(current_ref, begin, places.square_stride, E // COLUMNS)
             return lax.rsqrt(total * (1 / E) + spec.eps)
 
         def add_residual(i: int, old: Any, new: Any, norm: Any) -> None:
@@ -233,16 +233,16 @@ def post_attention(
             def item(column: jax.Array, row: jax.Array) -> None:
                 rows, columns = pl.ds(row, ITEM_ROWS), pl.ds(column * COLUMNS, COLUMNS)
                 residual = load(old.at[rows, columns]).astype(jnp.float32)
-                weight = load(norm.at[columns], layout=words.ITEM.reduce(0)).astype(jnp.float32) + spec.norm_offset
-                weight = plgpu.layout_cast(lax.broadcast_in_dim(weight, (ITEM_ROWS, COLUMNS), [1]), words.ITEM)
+                weight = load(norm.at[columns], layout=exchange.ITEM.reduce(0)).astype(jnp.float32) + spec.norm_offset
+                weight = plgpu.layout_cast(lax.broadcast_in_dim(weight, (ITEM_ROWS, COLUMNS), [1]), exchange.ITEM)
                 rounded = (residual + whole(i, column, row)[0]).astype(jnp.bfloat16)
                 value = rounded.astype(jnp.float32)
                 begin = places.activations[i] + row * (E // 2) + column * (COLUMNS // 2)
-                words.publish_item((value * weight).astype(jnp.bfloat16), current_ref, begin, E // 2)
+                exchange.publish_item((value * weight).astype(jnp.bfloat16), current_ref, begin, E // 2)
                 squares = lax.broadcast_in_dim((value * value).sum(axis=1), (ITEM_ROWS, COLUMNS), [0])
-                squares = plgpu.layout_cast(squares, words.ITEM)
+                squares = plgpu.layout_cast(squares, exchange.ITEM)
                 begin = places.squares[i // 2] + row * places.square_stride + column
-                words.publish_rows(squares, current_ref, begin, places.square_stride)
+                exchange.publish_rows(squares, current_ref, begin, places.square_stride)
                 new.at[rows, columns][...] = rounded
 
             each_item(i, item)
@@ -252,7 +252,7 @@ def post_attention(
             gate, up = whole(1, column, row)
             inner = (_ACTIVATIONS[spec.activation](gate * scale) * (up * scale)).astype(jnp.bfloat16)
             begin = places.activations[1] + row * (F // 2) + column * (COLUMNS // 2)
-            words.publish_item(inner, current_ref, begin, F // 2)
+            exchange.publish_item(inner, current_ref, begin, F // 2)
 
         def finish(column: jax.Array, row: jax.Array) -> None:
             scale = factor(1, row)
@@ -273,11 +273,11 @@ def post_attention(
         @when(wg == 1)
         def _() -> None:
             stream_weights()
-            words.empty(stale_ref, cta, num_ctas)
+            exchange.empty(stale_ref, cta, num_ctas)
 
         when(wg == 2)(receive_activations)
 
-    pieces, current, stale = (jax.new_ref(line) for line in exchange)
+    pieces, current, stale = (jax.new_ref(line) for line in words)
     _, out, qkv = plgpu.kernel(
         kernel,
         out_type=out_type,

@@ -11,6 +11,7 @@ import importlib
 
 import jax
 
+from pallas_kernels.lower_once import run_lowered
 from pallas_kernels.qkv_prologue import reference
 from pallas_kernels.qkv_prologue.types import QKNorm, RopeTable
 from pallas_kernels.ragged_paged_attention.api import UnsupportedAttentionError, write_kv
@@ -49,6 +50,6 @@ def qkv_prologue(
         reason = gpu.supports(spec)
         if reason is not None:
             raise UnsupportedAttentionError(f"attention implementation {implementation!r} can't be used: {reason}")
-        return gpu.qkv_prologue(qkv, rope, norm, pool, batch, spec)
+        return run_lowered(gpu.qkv_prologue, {"spec": spec}, qkv=qkv, rope=rope, norm=norm, pool=pool, batch=batch)
     q, k, v = reference.heads(qkv, rope, norm)
     return q, write_kv(k, v, pool, batch, spec, implementation)

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import jax
 
+from pallas_kernels.lower_once import run_lowered
 from pallas_kernels.ragged_paged_attention import kv_write
 from pallas_kernels.ragged_paged_attention.types import (
     AttentionSpec,
@@ -114,6 +115,8 @@ def ragged_paged_attention(
             round).
     """
     _check_arguments(q, pool, spec, sinks)
+    if implementation == "pallas_gpu":
+        return run_lowered(_module(implementation).attend, {"spec": spec}, q=q, pool=pool, batch=batch, sinks=sinks)
     return _jitted(implementation)(q, pool, batch, spec, sinks)
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.lower_once import run_lowered
 from pallas_kernels.truncation_threshold import reference
 
 MAX_IDS = 1 << 24  # float32, in which the kernel counts, counts no further
@@ -65,4 +66,5 @@ def truncation_threshold(
         raise ValueError(f"implementation 'pallas_gpu' can't be used: {reason}")
     # Imported here: a machine without a GPU may lack what the kernel's module needs.
     gpu = importlib.import_module("pallas_kernels.truncation_threshold.gpu")
-    return gpu.truncation_threshold(logits, temperature, top_k, top_p, min_p)
+    arrays = {"logits": logits, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return run_lowered(gpu.truncation_threshold, {}, **arrays)
