@@ -24,7 +24,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         step_costs=((1, 1.0), (4, 1.2), (16, 3.0)) if max_drafts % 2 else (),
         compute_bound_tokens=8,
         window=3,
-        probe_window=1,
+        probe_window=2,
         first_pause=1,
         max_pause=4,
     )

@@ -335,6 +335,17 @@ class World:
             if choice.finish_reason in ("stop", "length", "repetition"):
                 assert output == answer, f"{choice} ended early"
                 assert choice.finish_reason == reason, f"{choice}: {choice.finish_reason} instead of {reason}"
+            wanted = choice.draft_len
+            if not choice.finished and wanted.most and not wanted.now and not wanted.rest_len:
+                assert self._is_drafting(choice), f"{choice} waits for the result of a probe that nobody runs"
+
+    def _is_drafting(self, choice: Choice) -> bool:
+        """Whether drafts of it are in flight whose result will be applied."""
+        return any(
+            planned is choice and epoch == choice.epoch and drafts_len
+            for plan, _ in self.steps
+            for planned, epoch, drafts_len in zip(plan.choices, plan.epochs, plan.num_drafts, strict=True)
+        )
 
 
 def make_config(**changes: Any) -> SchedulerConfig:
