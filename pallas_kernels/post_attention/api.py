@@ -16,40 +16,47 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lower_once import run_lowered
-from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Shape, word_places
+from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Shape, phases, word_places
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
 
 MAX_ROWS = 32
 # Of a layer's weights, in bytes: where reading them takes long, XLA's products read them as fast, and at 100 MB faster.
 MAX_BYTES = 64 * 2**20
-_CAPABILITY = "9.0"
+CAPABILITY = "9.0"
+_MAX_PIECES = 48  # that a thread awaits at once, in 4 registers each
 
 
 class UnsupportedPostAttentionError(ValueError):
     """The op can't run; the message says why."""
 
 
-def supports(shape: Shape, spec: PostAttentionSpec, dtype: Any, capability: str | None) -> str | None:
+def supports(
+    shape: Shape, spec: PostAttentionSpec, dtype: Any, *, num_ctas: int, capability: str = CAPABILITY
+) -> str | None:
     """Why the op can't run, or isn't worth it; None if it can.
 
     Args:
         dtype: of activations and weights.
-        capability: of the GPU, such as "9.0"; None: the device isn't one.
+        num_ctas: multiprocessors of the GPU.
+        capability: of the GPU.
     """
     sizes = {"attention width": shape.A, "model dim": shape.E, "ffn dim": shape.F, "qkv width": shape.Q}
     odd = [f"{name} is {size}" for name, size in sizes.items() if size % COLUMNS]
-    if capability != _CAPABILITY:
-        return f"it is written for compute capability {_CAPABILITY}"
+    if capability != CAPABILITY:
+        return f"it is written for compute capability {CAPABILITY}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it computes in bfloat16, not {jnp.dtype(dtype).name}"
     if spec.activation not in ("silu", "gelu_tanh"):
         return f"its activations are silu and gelu_tanh, not {spec.activation}"
     if odd:
         return f"{odd[0]}, no multiple of {COLUMNS}"
-    if shape.R % ITEM_ROWS or not 0 < shape.R <= MAX_ROWS:
-        return f"it takes {ITEM_ROWS} to {MAX_ROWS} rows, a multiple of {ITEM_ROWS}, not {shape.R}"
+    if shape.M % ITEM_ROWS or not 0 < shape.M <= MAX_ROWS:
+        return f"it takes {ITEM_ROWS} to {MAX_ROWS} rows, a multiple of {ITEM_ROWS}, not {shape.M}"
     if layer_bytes(shape) > MAX_BYTES:
         return f"a layer has {layer_bytes(shape) >> 20} MiB: above {MAX_BYTES >> 20}, products of their own are as fast"
+    pieces = max(p.num_parts * p.max_column_pieces for p in phases(shape, num_ctas))
+    if pieces > _MAX_PIECES:
+        return f"a column's sum would come in {pieces} pieces; at most {_MAX_PIECES}"
     return None
 
 
@@ -66,21 +73,21 @@ def empty_words(shape: Shape, num_ctas: int) -> Words:
 
 
 def post_attention(
-    attended: jax.Array,  # [R, A] bfloat16
-    x: jax.Array,  # [R, E] bfloat16
+    attended: jax.Array,  # [M, A] bfloat16
+    x: jax.Array,  # [M, E] bfloat16
     layer: LayerWeights,
     following: NextWeights,
     words: Words,
     spec: PostAttentionSpec,
     num_ctas: int,
 ) -> tuple[jax.Array, jax.Array, Words]:
-    """The residual stream [R, E] after ``layer``, and ``following``'s qkv [R, Q].
+    """The residual stream [M, E] after ``layer``, and ``following``'s qkv [M, Q].
 
     Args:
         attended: what the layer's attention gave, heads side by side.
         x: the residual stream before it.
         words: ``empty_words`` of the same shape and ``num_ctas`` for a step's first launch, then what the last one
-            returned. Donated: the array isn't to be used again.
+            returned. They're written in place where nothing else reads them later.
         num_ctas: multiprocessors of the GPU. All CTAs of the launch wait for each other, so that many must be able to
             run at once: the GPU is this process's own, and nothing else that waits runs on it at the time.
 
@@ -89,9 +96,9 @@ def post_attention(
         ValueError: shapes don't fit together.
     """
     shape = Shape(attended.shape[0], attended.shape[1], x.shape[1], layer.down.shape[0], following.qkv.shape[1])
-    R, A, E, F, Q = shape.R, shape.A, shape.E, shape.F, shape.Q
+    M, A, E, F, Q = shape.M, shape.A, shape.E, shape.F, shape.Q
     for name, array, expected in (
-        ("x", x, (R, E)),
+        ("x", x, (M, E)),
         ("o", layer.o, (A, E)),
         ("mlp_norm", layer.mlp_norm, (E,)),
         ("gate_up", layer.gate_up, (E, 2 * F)),
@@ -101,7 +108,7 @@ def post_attention(
     ):
         if array.shape != expected or array.dtype != attended.dtype:
             raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; expected {attended.dtype}{list(expected)}")
-    reason = supports(shape, spec, attended.dtype, _CAPABILITY)
+    reason = supports(shape, spec, attended.dtype, num_ctas=num_ctas)
     if reason is not None:
         raise UnsupportedPostAttentionError(f"post_attention can't run: {reason}")
     # Imported here: a machine without a GPU may lack what the kernel's module needs.

@@ -29,6 +29,8 @@ from pallas_kernels.ragged_paged_attention.gpu_tile import smem_transforms
 EMPTY = -1
 WARPGROUP = 128  # threads
 _CHUNK = 4  # words that a thread reads at once
+# Reads of a word that stays empty, in half a minute at least: who should write it isn't running, and the launch fails.
+_PATIENCE = 1 << 26
 
 # A thread has 4 neighbouring columns of a row; a row's 16 threads are in one warp.
 ITEM = plgpu.Layout.TILED(
@@ -42,11 +44,11 @@ _SUM = plgpu.ShapeDtypeStruct((ITEM_ROWS, COLUMNS), jnp.float32, layout=ITEM)
 
 
 def publish_piece(
-    piece: jax.Array,  # float32[64, R], in the WGMMA layout
+    piece: jax.Array,  # float32[64, M], in the WGMMA layout
     words: Any,  # int32[n] in global memory
     begin: jax.Array,  # int32[], of the words that are written
 ) -> None:
-    """A piece of a sum, transposed: ``[R, 64]`` words."""
+    """A piece of a sum, transposed: ``[M, 64]`` words."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), _SCALAR))
     def store(_: Any, piece: Any, words: Any, begin: Any) -> None:
@@ -63,14 +65,14 @@ def publish_piece(
 def sum_pieces(
     words: Any,  # int32[n] in global memory
     begins: Sequence[Sequence[jax.Array]],  # int32[], of each sum's pieces: of their 8 rows of 64 words
-    num: jax.Array,  # int32[], of those that count; the others may be any of them again
+    num_pieces: jax.Array,  # int32[], of those that count; the others may be any of them again
 ) -> list[jax.Array]:  # float32[8, 64]
     """Awaits the pieces and adds them in their order. Leaves their words empty for the next launch."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), _SCALAR, *[_SCALAR] * sum(map(len, begins))), return_type=[_SUM] * len(begins)
     )
-    def read(_: Any, words: Any, num: Any, *flat: Any) -> list[Any]:
+    def read(_: Any, words: Any, num_pieces: Any, *flat: Any) -> list[Any]:
         row, column = _item_place()
         place = arith.addi(arith.muli(row, _c(COLUMNS)), column)
         addresses = [_address(words, arith.addi(place, begin.registers.item())) for begin in flat]
@@ -82,12 +84,12 @@ def sum_pieces(
             mine, rest = rest[: len(pieces)], rest[len(pieces) :]
             total = _floats(mine[0])
             for i, piece in enumerate(mine[1:], 1):
-                counts = arith.cmpi(arith.CmpIPredicate.sgt, num.registers.item(), _c(i))
+                counts = arith.cmpi(arith.CmpIPredicate.sgt, num_pieces.registers.item(), _c(i))
                 total = arith.select(counts, arith.addf(total, _floats(piece)), total)
             sums.append(_item_array(total))
         return sums
 
-    return read(words, num, *[begin for pieces in begins for begin in pieces])
+    return read(words, num_pieces, *[begin for pieces in begins for begin in pieces])
 
 
 def publish_item(
@@ -133,7 +135,7 @@ def sum_rows(
     words: Any,  # int32[n] in global memory
     begin: jax.Array,  # int32[], of the first row
     stride: int,  # words between rows
-    num: int,  # words of a row
+    num_words: int,  # of a row
 ) -> jax.Array:  # float32[8, 64], the same in all columns
     """Awaits the words of 8 rows and adds each row's in their order."""
 
@@ -141,9 +143,9 @@ def sum_rows(
     def read(_: Any, words: Any, begin: Any) -> Any:
         row, _ = _item_place()
         first = arith.addi(begin.registers.item(), arith.muli(row, _c(stride)))
-        whole = num // _CHUNK * _CHUNK
+        whole = num_words // _CHUNK * _CHUNK
         chunks = _poll([_address(words, arith.addi(first, _c(i))) for i in range(0, whole, _CHUNK)], _CHUNK)
-        singles = _poll([_address(words, arith.addi(first, _c(i))) for i in range(whole, num)], 1)
+        singles = _poll([_address(words, arith.addi(first, _c(i))) for i in range(whole, num_words)], 1)
         values = [arith.bitcast(ir.F32Type.get(), word) for group in (*chunks, *singles) for word in group]
         total = functools.reduce(arith.addf, values)
         return _item_array(vector.broadcast(ir.VectorType.get((_CHUNK,), ir.F32Type.get()), total))
@@ -152,50 +154,51 @@ def sum_rows(
 
 
 def receive(
-    source: Any,  # int32[n] words of [R, steps * depth] bfloat16 from ``begin`` on, or that matrix itself
+    source: Any,  # int32[n] words of [M, num_slices * slice_len] bfloat16 from ``begin`` on, or that matrix itself
     begin: int,
-    steps: int,
-    tiles: Any,  # bfloat16[turns, U, R, depth] in shared memory
-    turn: jax.Array,  # int32[], of the tiles
-    step: jax.Array,  # int32[], the first unit; past the last one comes the first again
-    num: jax.Array,  # int32[], units that are asked for, at least 1
+    num_slices: int,
+    tiles: Any,  # bfloat16[slots, U, M, slice_len] in shared memory
+    slot: jax.Array,  # int32[], of the tiles
+    first: jax.Array,  # int32[], slice of the first unit; past the last one comes the first again
+    num_units: jax.Array,  # int32[], that are asked for, at least 1
     *,
     polled: bool,
 ) -> None:
     """Copies units of activations into shared memory, where the tensor cores find them; all at once."""
-    _, U, R, depth = tiles.shape
-    row_chunks, row_tiles = depth // 8, depth // TILE  # a chunk is 16 bytes
-    row_words = steps * depth // 2
+    _, U, M, slice_len = tiles.shape
+    row_chunks, row_tiles = slice_len // 8, slice_len // TILE  # a chunk is 16 bytes
+    row_words = num_slices * slice_len // 2
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.RefType(smem_transforms(TILE, jnp.bfloat16)), _SCALAR, _SCALAR, _SCALAR)
     )
-    def copy(_: Any, source: Any, tiles: Any, turn: Any, step: Any, num: Any) -> None:
-        turn, step, num = (x.registers.item() for x in (turn, step, num))
+    def copy(_: Any, source: Any, tiles: Any, slot: Any, first: Any, num_units: Any) -> None:
+        slot, first, num_units = (x.registers.item() for x in (slot, first, num_units))
         thread = arith.remui(mgpu.thread_idx(), _c(WARPGROUP))
-        first = arith.muli(turn, _c(U * R * depth * 2))
-        last = arith.subi(num, _c(1))
+        slot_place = arith.muli(slot, _c(U * M * slice_len * 2))
+        last = arith.subi(num_units, _c(1))
         addresses, places = [], []
-        for i in range(U * R * row_chunks // WARPGROUP):
+        for i in range(U * M * row_chunks // WARPGROUP):
             chunk = arith.addi(thread, _c(i * WARPGROUP))
             rows, column = arith.divui(chunk, _c(row_chunks)), arith.remui(chunk, _c(row_chunks))
-            unit, row = arith.divui(rows, _c(R)), arith.remui(rows, _c(R))
-            wanted = arith.remui(arith.addi(step, arith.minui(unit, last)), _c(steps))
-            word = arith.addi(arith.muli(row, _c(row_words)), arith.muli(wanted, _c(depth // 2)))
+            unit, row = arith.divui(rows, _c(M)), arith.remui(rows, _c(M))
+            # Past the last unit that is asked for, that one again.
+            wanted = arith.remui(arith.addi(first, arith.minui(unit, last)), _c(num_slices))
+            word = arith.addi(arith.muli(row, _c(row_words)), arith.muli(wanted, _c(slice_len // 2)))
             addresses.append(_address(source, arith.addi(word, arith.addi(_c(begin), arith.muli(column, _c(_CHUNK))))))
             # Tiles of 8 rows of 128 bytes, whose chunks are swizzled.
             row_tile, in_tile = arith.divui(rows, _c(8)), arith.remui(rows, _c(8))
             tile = arith.addi(arith.muli(row_tile, _c(row_tiles)), arith.divui(column, _c(8)))
             swizzled = arith.muli(arith.xori(arith.remui(column, _c(8)), in_tile), _c(16))
             place = arith.addi(arith.muli(tile, _c(1024)), arith.addi(arith.muli(in_tile, _c(128)), swizzled))
-            places.append(arith.addi(first, place))
+            places.append(arith.addi(slot_place, place))
         values = _poll(addresses, _CHUNK) if polled else [_load(address, _CHUNK) for address in addresses]
         base = mgpu.memref_ptr(tiles)
         for place, words in zip(places, values, strict=True):
             address = mgpu.getelementptr(base, [place], ir.IntegerType.get_signless(8))
             mgpu.inline_ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", address, *words, has_side_effects=True)
 
-    copy(source, tiles, turn, step, num)
+    copy(source, tiles, slot, first, num_units)
 
 
 def empty(words: Any, cta: jax.Array, num_ctas: int) -> None:  # int32[n] in global memory, int32[]
@@ -250,8 +253,8 @@ def _floats(words: Sequence[Any]) -> Any:
     return vector.bitcast(ir.VectorType.get((len(words),), ir.F32Type.get()), integers)
 
 
-def _load(address: Any, num: int) -> tuple[Any, ...]:
-    if num == 1:
+def _load(address: Any, num_words: int) -> tuple[Any, ...]:
+    if num_words == 1:
         return (
             mgpu.inline_ptx(
                 "ld.relaxed.gpu.global.b32 $0, [$1];", address, result_types=_type(), has_side_effects=True
@@ -272,20 +275,23 @@ def _store(address: Any, words: Sequence[Any]) -> None:
     mgpu.inline_ptx(f"st.relaxed.gpu.global{kind}.b32 [$0], {places};", address, *words, has_side_effects=True)
 
 
-def _poll(addresses: Sequence[Any], num: int) -> list[list[Any]]:
-    """Reads ``num`` words at each address until none of all is empty; always all, so that they come together."""
+def _poll(addresses: Sequence[Any], num_words: int) -> list[list[Any]]:
+    """Reads the words at each address until none of all is empty; always all, so that they come together."""
     if not addresses:
         return []
-    types = [_type()] * (num * len(addresses))
-    loop = scf.WhileOp(types, [])
-    with ir.InsertionPoint(loop.before.blocks.append()):
-        words = [word for address in addresses for word in _load(address, num)]
+    types = [_type()] * (1 + num_words * len(addresses))
+    loop = scf.WhileOp(types, [_c(0)])
+    with ir.InsertionPoint(loop.before.blocks.append(_type())) as point:
+        times = arith.addi(point.block.arguments[0], _c(1))
+        words = [word for address in addresses for word in _load(address, num_words)]
         largest = functools.reduce(arith.maxui, words)
-        scf.condition(arith.cmpi(arith.CmpIPredicate.eq, largest, _c(EMPTY)), words)
-    with ir.InsertionPoint(loop.after.blocks.append(*types)):
-        scf.yield_([])
-    results = list(loop.results)
-    return [results[i : i + num] for i in range(0, len(results), num)]
+        scf.condition(arith.cmpi(arith.CmpIPredicate.eq, largest, _c(EMPTY)), [times, *words])
+    with ir.InsertionPoint(loop.after.blocks.append(*types)) as point:
+        times = point.block.arguments[0]
+        mgpu.inline_ptx("trap;", predicate=arith.cmpi(arith.CmpIPredicate.eq, times, _c(_PATIENCE)))
+        scf.yield_([times])
+    words = list(loop.results)[1:]
+    return [words[i : i + num_words] for i in range(0, len(words), num_words)]
 
 
 def _when(condition: Any) -> Any:

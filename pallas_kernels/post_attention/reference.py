@@ -12,12 +12,12 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, appro
 
 
 def post_attention(
-    attended: jax.Array,  # [R, A]
-    x: jax.Array,  # [R, E]
+    attended: jax.Array,  # [M, A]
+    x: jax.Array,  # [M, E]
     layer: LayerWeights,
     following: NextWeights,
     spec: PostAttentionSpec,
-) -> tuple[jax.Array, jax.Array]:  # [R, E], [R, Q]
+) -> tuple[jax.Array, jax.Array]:  # [M, E], [M, Q]
     """See api.post_attention."""
     x = x + _dot(attended, layer.o)
     gate, up = jnp.split(_dot(rms_norm(x, layer.mlp_norm, spec.eps, spec.norm_offset), layer.gate_up), 2, axis=1)

@@ -1,4 +1,4 @@
-"""What the op takes. Shape letters: R rows, A attention width (Hq * D), E model dim, F ffn dim, Q qkv width."""
+"""What the op takes. Shape letters: M rows, A attention width (Hq * D), E model dim, F ffn dim, Q qkv width."""
 
 from __future__ import annotations
 

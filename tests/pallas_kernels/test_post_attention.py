@@ -16,8 +16,9 @@ from pallas_kernels.post_attention import api, reference
 from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Phase, Shape, phases, word_places
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
 
-QWEN3 = Shape(R=8, A=2048, E=1024, F=3072, Q=4096)
-SMOLLM2 = Shape(R=16, A=576, E=576, F=1536, Q=960)  # no multiples of 128
+QWEN3 = Shape(M=8, A=2048, E=1024, F=3072, Q=4096)
+SMOLLM2 = Shape(M=16, A=576, E=576, F=1536, Q=960)  # no multiples of 128
+LEAST = Shape(M=8, A=64, E=64, F=64, Q=64)
 SPEC = PostAttentionSpec(eps=1e-6, norm_offset=0.0, activation="silu")
 
 lines = st.builds(
@@ -33,7 +34,7 @@ lines = st.builds(
 def test_shares_are_equal_and_every_unit_is_in_one(line: Phase) -> None:
     begins = [line.begin(cta) for cta in range(line.num_ctas + 1)]
     lengths = [b - a for a, b in pairwise(begins)]
-    assert begins[0] == 0 and begins[-1] == line.units
+    assert begins[0] == 0 and begins[-1] == line.num_units
     assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
     for cta, (begin, end) in enumerate(pairwise(begins)):
         assert {line.cta_of(unit) for unit in range(begin, end)} == {cta}
@@ -45,23 +46,23 @@ def test_a_column_is_the_sum_of_its_pieces(line: Phase) -> None:
     pieces, slots = {}, set()
     for cta in range(line.num_ctas):
         for unit in range(line.begin(cta), line.begin(cta + 1)):
-            column = unit // line.steps
-            slot = cta * line.max_pieces_of_cta + column - line.first_column(cta)
+            column = unit // line.num_slices
+            slot = cta * line.max_cta_pieces + column - line.first_column(cta)
             pieces[slot] = pieces.get(slot, 0) + 1
             slots.add((slot, column))
     assert len(slots) == len(pieces), "a slot holds one column's piece"
-    assert max(pieces) < line.num_ctas * line.max_pieces_of_cta
-    for column in range(line.columns):
-        first = line.cta_of(column * line.steps)
+    assert max(pieces) < line.num_ctas * line.max_cta_pieces
+    for column in range(line.num_columns):
+        first = line.cta_of(column * line.num_slices)
         owners = range(first, first + line.num_pieces(column))
-        assert line.num_pieces(column) <= line.max_pieces_of_column
-        found = [pieces[owner * line.max_pieces_of_cta + column - line.first_column(owner)] for owner in owners]
-        assert sum(found) == line.steps
+        assert line.num_pieces(column) <= line.max_column_pieces
+        found = [pieces[owner * line.max_cta_pieces + column - line.first_column(owner)] for owner in owners]
+        assert sum(found) == line.num_slices
 
 
 @given(lines, st.data())
 def test_the_kernel_reckons_as_the_host_does(line: Phase, data: st.DataObject) -> None:
-    unit = data.draw(st.integers(0, line.units - 1))
+    unit = data.draw(st.integers(0, line.num_units - 1))
     cta = line.cta_of(unit)
     for method, value in ((line.begin, cta), (line.cta_of, unit), (line.first_column, cta)):
         assert int(method(jnp.int32(value))) == method(value)
@@ -69,14 +70,14 @@ def test_the_kernel_reckons_as_the_host_does(line: Phase, data: st.DataObject) -
     assert int(line.num_pieces(jnp.int32(column))) == line.num_pieces(column)
 
 
-@pytest.mark.parametrize("shape", [QWEN3, SMOLLM2, replace(QWEN3, R=32)])
+@pytest.mark.parametrize("shape", [QWEN3, SMOLLM2, replace(QWEN3, M=32)])
 @pytest.mark.parametrize("num_ctas", [1, 78, 132])
 def test_words_have_places_of_their_own(shape: Shape, num_ctas: int) -> None:
     places = word_places(shape, num_ctas)
     line = phases(shape, num_ctas)
-    pieces = [p.num_ctas * p.max_pieces_of_cta * p.parts * shape.R * COLUMNS for p in line]
-    activations = [shape.R * p.depth * p.steps // 2 for p in line[1:]]
-    squares = [shape.R * places.square_stride] * 2
+    pieces = [p.num_ctas * p.max_cta_pieces * p.num_parts * shape.M * COLUMNS for p in line]
+    activations = [shape.M * p.slice_len * p.num_slices // 2 for p in line[1:]]
+    squares = [shape.M * places.square_stride] * 2
     for begins, sizes, end in (
         (places.pieces, pieces, places.num_piece_words),
         ((*places.activations, *places.squares), activations + squares, places.num_words),
@@ -88,10 +89,10 @@ def test_words_have_places_of_their_own(shape: Shape, num_ctas: int) -> None:
 
 def test_phases_cover_their_matrices() -> None:
     for shape, depth in ((QWEN3, 128), (SMOLLM2, 64)):
-        sizes = [(p.steps * p.depth, p.parts * p.columns * COLUMNS) for p in phases(shape, 132)]
+        sizes = [(p.num_slices * p.slice_len, p.num_parts * p.num_columns * COLUMNS) for p in phases(shape, 132)]
         A, E, F, Q = shape.A, shape.E, shape.F, shape.Q
         assert sizes == [(A, E), (E, 2 * F), (F, E), (E, Q)]
-        assert {p.depth for p in phases(shape, 132)} == {depth}
+        assert {p.slice_len for p in phases(shape, 132)} == {depth}
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -100,27 +101,29 @@ def test_phases_cover_their_matrices() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"R": 4}, "a multiple of 8, not 4"),
-        ({"R": 40}, "8 to 32 rows"),
+        ({"M": 4}, "a multiple of 8, not 4"),
+        ({"M": 40}, "8 to 32 rows"),
         ({"E": 1000}, "model dim is 1000, no multiple of 64"),
         ({"A": 4096, "E": 4096, "F": 14336, "Q": 6144}, "a layer has 416 MiB: above 64"),
     ],
 )
 def test_shapes_that_it_does_not_take(changes: dict[str, int], reason: str) -> None:
-    assert reason in (api.supports(replace(QWEN3, **changes), SPEC, jnp.bfloat16, "9.0") or "")
+    assert reason in (api.supports(replace(QWEN3, **changes), SPEC, jnp.bfloat16, num_ctas=132) or "")
 
 
 def test_what_else_it_does_not_take() -> None:
-    assert api.supports(QWEN3, SPEC, jnp.bfloat16, "9.0") is None
-    assert api.supports(SMOLLM2, replace(SPEC, activation="gelu_tanh"), "bfloat16", "9.0") is None
-    for capability in ("8.0", "10.0", None):
-        assert "capability 9.0" in (api.supports(QWEN3, SPEC, jnp.bfloat16, capability) or "")
-    assert "float32" in (api.supports(QWEN3, SPEC, jnp.float32, "9.0") or "")
-    assert "not relu" in (api.supports(QWEN3, replace(SPEC, activation="relu"), jnp.bfloat16, "9.0") or "")
+    def why(shape: Shape = QWEN3, spec: PostAttentionSpec = SPEC, dtype: str = "bfloat16", **gpu: str) -> str:
+        return api.supports(shape, spec, dtype, num_ctas=132, **gpu) or "none"
+
+    assert why() == why(SMOLLM2, replace(SPEC, activation="gelu_tanh")) == "none"
+    assert "capability 9.0" in why(capability="8.0") and "capability 9.0" in why(capability="10.0")
+    assert "float32" in why(dtype="float32")
+    assert "not relu" in why(spec=replace(SPEC, activation="relu"))
+    assert "in 132 pieces" in why(Shape(M=8, A=8448, E=64, F=64, Q=64))
 
 
 def test_operands_that_do_not_fit_are_named() -> None:
-    tiny = Shape(R=8, A=64, E=128, F=192, Q=64)
+    tiny = Shape(M=8, A=64, E=128, F=192, Q=64)
     attended, x, layer, following = make_operands(tiny)
     words = api.empty_words(tiny, 4)
     with pytest.raises(ValueError, match=r"gate_up is bfloat16\[128, 383\]; expected bfloat16\[128, 384\]"):
@@ -139,7 +142,7 @@ def test_operands_that_do_not_fit_are_named() -> None:
 def make_operands(
     shape: Shape, spec: PostAttentionSpec = SPEC, seed: int = 0
 ) -> tuple[jax.Array, jax.Array, LayerWeights, NextWeights]:
-    R, A, E, F, Q = shape.R, shape.A, shape.E, shape.F, shape.Q
+    M, A, E, F, Q = shape.M, shape.A, shape.E, shape.F, shape.Q
     keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*size: int, scale: float = 1.0) -> jax.Array:
@@ -154,17 +157,17 @@ def make_operands(
     following = NextWeights(
         (1.0 - spec.norm_offset + normal(E, scale=0.3)).astype(jnp.bfloat16), normal(E, Q, scale=E**-0.5)
     )
-    return normal(R, A), normal(R, E, scale=3.0), layer, following
+    return normal(M, A), normal(M, E, scale=3.0), layer, following
 
 
-@pytest.mark.parametrize("shape", [QWEN3, SMOLLM2, replace(QWEN3, R=32)])
+@pytest.mark.parametrize("shape", [QWEN3, SMOLLM2, replace(QWEN3, M=32)])
 def test_the_kernel_is_traced_anywhere(shape: Shape) -> None:
     """Without a GPU as well, so that what JAX warns of is seen; that it compiles is a gate's matter."""
     operands = jax.eval_shape(lambda: make_operands(shape))
     words = jax.eval_shape(lambda: api.empty_words(shape, 132))
     run = jax.jit(api.post_attention, static_argnums=(5, 6))
     x, qkv, left = run.trace(*operands, words, SPEC, 132).out_info
-    assert (x.shape, qkv.shape) == ((shape.R, shape.E), (shape.R, shape.Q))
+    assert (x.shape, qkv.shape) == ((shape.M, shape.E), (shape.M, shape.Q))
     assert [line.shape for line in left] == [line.shape for line in words]
 
 
@@ -186,10 +189,10 @@ class TestOnHopper:
         return jax.jit(api.post_attention, static_argnums=(5, 6))(attended, x, layer, following, words, spec, num_ctas)
 
     @pytest.mark.parametrize("rows", [8, 16, 24, 32])
-    @pytest.mark.parametrize("shape", [QWEN3, SMOLLM2, Shape(8, 64, 64, 64, 64)], ids=["qwen3", "smollm2", "least"])
+    @pytest.mark.parametrize("shape", [QWEN3, SMOLLM2, LEAST], ids=["qwen3", "smollm2", "least"])
     @pytest.mark.parametrize("spec", [SPEC, PostAttentionSpec(1e-5, 1.0, "gelu_tanh")], ids=["silu", "gelu_from_one"])
     def test_it_errs_no_more_than_xla_does(self, rows: int, shape: Shape, spec: PostAttentionSpec) -> None:
-        operands = make_operands(replace(shape, R=rows), spec)
+        operands = make_operands(replace(shape, M=rows), spec)
         got = self.run(operands, spec)
         exact = reference.post_attention(*jax.tree.map(lambda a: a.astype(jnp.float32), operands), spec)
         composed = reference.post_attention(*operands, spec)
@@ -198,14 +201,16 @@ class TestOnHopper:
             assert error.max() <= 1.5 * yardstick.max(), name
             assert error.mean() <= 1.05 * yardstick.mean(), name
 
-    def test_launches_pass_words_on_and_are_equal(self) -> None:
+    @pytest.mark.parametrize("rows", [8, 32])
+    @pytest.mark.parametrize("shape", [QWEN3, SMOLLM2, LEAST], ids=["qwen3", "smollm2", "least"])
+    def test_launches_pass_words_on_and_are_equal(self, rows: int, shape: Shape) -> None:
         """Twenty in a row, of three inputs in turn: bit for bit what the first of its kind was, and all emptied."""
-        cases = [make_operands(QWEN3, seed=seed) for seed in range(3)]
+        cases = [make_operands(replace(shape, M=rows), seed=seed) for seed in range(3)]
         first, words = {}, None
-        for turn in range(20):
-            x, qkv, words = self.run(cases[turn % 3], words=words)
+        for number in range(20):
+            x, qkv, words = self.run(cases[number % 3], words=words)
             assert all(bool((line == -1).all()) for line in (words.pieces, words.current))
-            want = first.setdefault(turn % 3, (x, qkv))
+            want = first.setdefault(number % 3, (x, qkv))
             np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(want[0], np.float32))
             np.testing.assert_array_equal(np.asarray(qkv, np.float32), np.asarray(want[1], np.float32))
 
