@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from pallas_kernels.post_attention.api import MAX_ROWS, supports
+from pallas_kernels.post_attention.api import supports
 from pallas_kernels.post_attention.plan import ITEM_ROWS, Shape
 from pallas_kernels.post_attention.types import PostAttentionSpec
 
@@ -22,22 +22,22 @@ class FusedLayers:
     num_ctas: int
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether a step of so many tokens runs like this."""
-        return num_tokens % ITEM_ROWS == 0 and 0 < num_tokens <= MAX_ROWS
+        """Whether a step of so many tokens, padding included, runs like this."""
+        return supports(self.rows(num_tokens), self.spec, jnp.bfloat16, num_ctas=self.num_ctas) is None
 
     def rows(self, num_tokens: int) -> Shape:
-        return replace(self.shape, R=num_tokens)
+        return replace(self.shape, M=num_tokens)
 
 
 def fuse_layers(
-    config: ModelConfig, *, norm_offset: float, plain: bool, dtype: jnp.dtype, capability: str | None, num_ctas: int
+    config: ModelConfig, *, norm_offset: float, plain: bool, dtype: jnp.dtype, capability: str, num_ctas: int
 ) -> FusedLayers | str:
     """The layers of a model on a GPU; or why they aren't fused.
 
     Args:
         norm_offset: of the layers' norms.
         plain: whether layers are ``x + attn(norm(x))``, then ``x + mlp(norm(x))``, and nothing else.
-        capability: of the device, None where it isn't a GPU.
+        capability: of the GPU.
         num_ctas: its multiprocessors.
     """
     if not plain:
@@ -46,11 +46,12 @@ def fuse_layers(
         return "qkv has a bias"
     heads = config.num_heads + 2 * config.num_kv_heads
     shape = Shape(
-        R=ITEM_ROWS,
+        M=ITEM_ROWS,
         A=config.num_heads * config.head_dim,
         E=config.model_dim,
         F=config.ffn_dim,
         Q=heads * config.head_dim,
     )
     spec = PostAttentionSpec(eps=config.norm_eps, norm_offset=norm_offset, activation=config.activation)
-    return supports(shape, spec, dtype, capability) or FusedLayers(spec, shape, num_ctas)
+    reason = supports(shape, spec, dtype, num_ctas=num_ctas, capability=capability)
+    return reason or FusedLayers(spec, shape, num_ctas)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.post_attention.api import MAX_ROWS
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 from .config import ModelConfig
@@ -53,7 +52,7 @@ class Model:
         config: as built, so with the number of KV heads that the build was asked for.
         dtype: of parameters and activations.
         padded_vocab: rows of ``embed.weight`` and ``lm_head.weight``.
-        fusion: whether layers run in one launch each where there are few tokens, or why not.
+        fused: how layers run in one launch each where there are few tokens; or why they don't.
         params: tree of ``jax.ShapeDtypeStruct``; ``params["layers"]`` is a list, all else are dicts.
         param_axes: the same tree with a tuple of logical axis names at every leaf.
     """
@@ -63,9 +62,13 @@ class Model:
     padded_vocab: int
     params: Params
     param_axes: Params
-    fusion: str
+    fused: FusedLayers | str
     trunk: nnx.GraphDef
     head: nnx.GraphDef
+
+    def fuses(self, num_tokens: int) -> bool:
+        """Whether layers run in one launch each in a step of so many tokens, padding included."""
+        return not isinstance(self.fused, str) and self.fused.fits(num_tokens)
 
     def hidden(
         self,
@@ -100,7 +103,12 @@ class Model:
 
 
 def build(
-    config: ModelConfig, *, dtype: Any, padded_vocab: int, num_kv_heads: int | None = None, gpu: GPU | None = None
+    config: ModelConfig,
+    *,
+    dtype: Any,
+    padded_vocab: int,
+    num_kv_heads: int | None = None,
+    gpu: GPU | str = "no GPU was named",
 ) -> Model:
     """Builds a model abstractly: no array is made.
 
@@ -109,7 +117,7 @@ def build(
         padded_vocab: rows of the vocabulary's tables, at least ``config.vocab_size``.
         num_kv_heads: KV heads to build with, a multiple of the config's own: each is repeated so that more devices than
             KV heads can share the model (``sharding.kv_heads_for``).
-        gpu: that has the whole model, with plain weights, to itself: then a kernel may compute more than attention.
+        gpu: that has the whole model to itself, so that a kernel may compute more than attention; or why there is none.
 
     Raises:
         ValueError: an unknown architecture, or sizes that don't fit together.
@@ -127,9 +135,10 @@ def build(
     dtype = jnp.dtype(dtype)
     family = _FAMILIES[config.architecture]
     layer_type = family.layer_type
-    fused: FusedLayers | str = "a layer's kernel is for plain weights on one GPU"
-    if gpu is not None:
-        fused = fuse_layers(
+    fused: FusedLayers | str = (
+        gpu
+        if isinstance(gpu, str)
+        else fuse_layers(
             config,
             norm_offset=layer_type.norm_type.offset,
             plain=layer_type.plain,
@@ -137,11 +146,8 @@ def build(
             capability=gpu.capability,
             num_ctas=gpu.multiprocessors,
         )
-    if isinstance(fused, str):
-        fusion, trunk = f"XLA's products: {fused}", family(config, dtype, padded_vocab)
-    else:
-        fusion, trunk = f"one launch a layer for up to {MAX_ROWS} tokens", family(config, dtype, padded_vocab, fused)
-    graph, trunk_state = nnx.split(trunk)
+    )
+    graph, trunk_state = nnx.split(family(config, dtype, padded_vocab, None if isinstance(fused, str) else fused))
     head, head_state = nnx.split(LMHead(config, dtype, padded_vocab, layer_type.norm_type))
     return Model(
         config=config,
@@ -149,7 +155,7 @@ def build(
         padded_vocab=padded_vocab,
         params=_tree(trunk_state, head_state, lambda variable: variable.get_value()),
         param_axes=_tree(trunk_state, head_state, lambda variable: variable.get_metadata("axes")),
-        fusion=fusion,
+        fused=fused,
         trunk=graph,
         head=head,
     )

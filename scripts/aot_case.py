@@ -195,7 +195,7 @@ def step_compiler(case: Case, mesh: Any, num_layers: int | None) -> Compiler:
     model_config = read_model_toml(ROOT / "configs" / "models" / f"{case.model}.toml")
     model_config = dataclasses.replace(model_config, layers=model_config.layers[:num_layers])
     device = mesh.devices.flat[0]
-    gpu = GPU(device.compute_capability, device.core_count) if case.target == "h100" else None
+    gpu = GPU(device.compute_capability, device.core_count) if case.target == "h100" else "not a GPU"
     model = build(model_config, dtype="bfloat16", padded_vocab=model_config.vocab_size, gpu=gpu)
     specs = attention_specs(
         model_config, block_size=case.block_size, dtype="bfloat16", kv_dtype=case.kv_dtype, shards=1

@@ -39,7 +39,7 @@ def describe(
         "quantization": config.quantization or "none",
         "attention": selection.implementation,
         "attention choice": selection.explanation,
-        "layers": model.fusion,
+        "layers": _layers(model, executables),
         "sampler": sampler,
         "memory": memory.describe(),
         "max_model_len": config.max_model_len,
@@ -55,6 +55,15 @@ def describe(
         "EOS token ids": list(eos),
         "generation defaults": dict(checkpoint.sampling_defaults) or "SamplingParams()",
     }
+
+
+def _layers(model: Model, executables: Executables) -> str:
+    if isinstance(model.fused, str):
+        return f"XLA's products: {model.fused}"
+    sizes = [str(tokens) for tokens in sorted({tokens for tokens, _ in executables.forward}) if model.fuses(tokens)]
+    if not sizes:
+        return "XLA's products: no step is small enough"
+    return f"all but the last in one launch each, in steps of {' or '.join(sizes)} tokens, padding included"
 
 
 def _bursts(executables: Executables) -> str:

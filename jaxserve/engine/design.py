@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
@@ -29,9 +32,9 @@ _VOCAB_MULTIPLE = {"cpu": 1, "gpu": 64, "tpu": 128}  # by platform; a device's s
 
 
 def design(
-    config: EngineConfig, shape: ModelConfig, block_size: int, mesh: Mesh
+    config: EngineConfig, shape: ModelConfig, block_size: int, mesh: Mesh, *, drafts: bool = False
 ) -> tuple[Model, PagedAttention, Selection]:
-    """Builds nothing on a device.
+    """Builds nothing on a device. ``drafts``: it is a draft model that is designed.
 
     Raises:
         ConfigError: heads, ffn or attention don't fit the devices; says why.
@@ -41,36 +44,42 @@ def design(
         num_kv_heads = kv_heads_for(shape, shards)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    model = build(
-        shape,
-        dtype=config.dtype,
-        padded_vocab=padded_vocab_for(shape.vocab_size, shards, _VOCAB_MULTIPLE[mesh.devices.flat[0].platform]),
-        num_kv_heads=num_kv_heads,
-        gpu=_gpu(config, mesh),
-    )
     specs = attention_specs(
-        model.config,
+        dataclasses.replace(shape, num_kv_heads=num_kv_heads),
         block_size=block_size,
         dtype=config.dtype,
         kv_dtype=_KV_DTYPE[config.kv_cache_dtype],
         shards=shards,
     )
-    selection = _select(specs, config.attention_implementation, mesh)
+    device = mesh.devices.flat[0]
+    selection = _select(specs, config.attention_implementation, device)
+    model = build(
+        shape,
+        dtype=config.dtype,
+        padded_vocab=padded_vocab_for(shape.vocab_size, shards, _VOCAB_MULTIPLE[device.platform]),
+        num_kv_heads=num_kv_heads,
+        gpu=_gpu(config, selection.implementation, device, shards, drafts=drafts),
+    )
     return model, PagedAttention(specs, selection.implementation, mesh), selection
 
 
-def _gpu(config: EngineConfig, mesh: Mesh) -> GPU | None:
-    """The one GPU that has the whole model, where kernels may compute with its weights."""
-    device = mesh.devices.flat[0]
-    kernels = config.attention_implementation != "xla" and config.quantization is None
-    if device.platform != "gpu" or mesh.size > 1 or not kernels:
-        return None
+def _gpu(config: EngineConfig, implementation: str, device: Any, shards: int, *, drafts: bool) -> GPU | str:
+    """The GPU whose kernels may compute with a model's weights; or why none may."""
+    if device.platform != "gpu":
+        return f"the device is a {device.platform.upper()}"
+    if implementation != "pallas_gpu":
+        return f"attention is {implementation}"
+    if shards > 1:
+        return f"{shards} devices share a layer"
+    if config.quantization is not None:
+        return f"weights are {config.quantization}"
+    if drafts:
+        return "two models' launches could wait for each other"
     return GPU(device.compute_capability, device.core_count)
 
 
-def _select(specs: tuple[AttentionSpec, ...], requested: str, mesh: Mesh) -> Selection:
+def _select(specs: tuple[AttentionSpec, ...], requested: str, device: Any) -> Selection:
     """One implementation for all layers: the most preferred that runs every one of them."""
-    device = mesh.devices.flat[0]
     capability = getattr(device, "compute_capability", None)
     try:
         choices = [select_implementation(spec, device.platform, requested, capability) for spec in set(specs)]

@@ -69,7 +69,9 @@ def abstract_drafter(
         return None
     model, attention = target
     if checkpoint is not None:
-        model, attention, _ = design(config, checkpoint.config, attention.specs[0].block_size, attention.mesh)
+        model, attention, _ = design(
+            config, checkpoint.config, attention.specs[0].block_size, attention.mesh, drafts=True
+        )
     shardings = named_shardings(model.param_axes, attention.mesh)
     return DraftModel(model, attention, abstract_params(model, shardings, speculative.quantization), share=0.0)
 
@@ -93,7 +95,7 @@ def load_drafter(
     target_bytes = params_bytes(model.trunk_params(params)["layers"]) + params_bytes(model.head_params(params))
     if checkpoint is not None:
         mesh, block_size = attention.mesh, attention.specs[0].block_size
-        model, attention, _ = design(config, checkpoint.config, block_size, mesh)
+        model, attention, _ = design(config, checkpoint.config, block_size, mesh, drafts=True)
         params = load_params(
             checkpoint,
             model,

@@ -167,7 +167,8 @@ def _statics(compiler: Compiler) -> list[str]:
         models.append((compiler.drafter.model, compiler.drafter.attention))
     for model, attention in models:
         mesh = sorted(attention.mesh.shape.items())
-        statics.append(repr((model.config, str(model.dtype), attention.specs, attention.implementation, mesh)))
+        model_statics = model.config, str(model.dtype), model.fused
+        statics.append(repr((*model_statics, attention.specs, attention.implementation, mesh)))
     return statics
 
 

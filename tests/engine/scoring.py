@@ -54,7 +54,7 @@ class Scorer:
         max_len: int,
     ) -> None:
         device = jax.devices()[0]
-        gpu = GPU(device.compute_capability, device.core_count) if implementation == "pallas_gpu" else None
+        gpu = GPU(device.compute_capability, device.core_count) if implementation == "pallas_gpu" else "not asked for"
         model = build(config, dtype=dtype, padded_vocab=config.vocab_size, gpu=gpu)
         specs = attention_specs(config, block_size=block_size, dtype=dtype, kv_dtype=dtype, shards=1)
         mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))

@@ -115,6 +115,11 @@ def test_whatever_is_compiled_in_is_part_of_the_key(tmp_path, compiler, monkeypa
     attention = dataclasses.replace(compiler.attention, implementation="pallas_gpu")
     other = dataclasses.replace(compiler, attention=attention)
     assert ExecutableCache.of(str(tmp_path), other).load(task) is None
+    fused = [
+        dataclasses.replace(compiler, model=dataclasses.replace(compiler.model, fused=f"{ctas}")) for ctas in (66, 132)
+    ]
+    keys = {ExecutableCache.of(str(tmp_path), one).identity for one in (compiler, *fused)}
+    assert len(keys) == 3, "a kernel is compiled for as many CTAs as the GPU has multiprocessors"
     wider = dataclasses.replace(
         task, args=(task.args[0], jax.ShapeDtypeStruct((3,), np.int32, sharding=task.args[1].sharding))
     )
