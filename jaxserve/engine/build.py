@@ -27,7 +27,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import PagedAttention
-from jaxserve.runner.buckets import burst_buckets, row_buckets, token_buckets
+from jaxserve.runner.buckets import burst_buckets, num_slots, row_buckets, token_buckets
 from jaxserve.runner.compile import measure_temp
 from jaxserve.runner.compiler import Compiler
 from jaxserve.runner.config import NgramConfig, RunnerConfig
@@ -118,7 +118,8 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
     executables = runner.start(cache_dir=config.compilation_cache_dir, progress=progress, temp_limit=memory.most_temp)
-    rule = adaptive_rule(config, platform, [tokens for tokens, _ in runner_config.token_buckets], drafter)
+    sizes = {tokens: model.fuses(tokens) for tokens, _ in runner_config.token_buckets}
+    rule = adaptive_rule(config, platform, sizes, drafter)
     scheduler = Scheduler(_scheduler_config(config, runner_config, rule))
     core = EngineCore(
         scheduler,
@@ -210,15 +211,15 @@ def _mesh(size: int) -> Mesh:
 
 def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> RunnerConfig:
     """Everything but the number of blocks, which is that of a trial here."""
-    seqs, tokens = _known(config.max_num_seqs), _known(config.max_num_batched_tokens)
-    rows = row_buckets(seqs, platform)
+    slots, tokens = num_slots(_known(config.max_num_seqs), platform), _known(config.max_num_batched_tokens)
+    rows = row_buckets(slots, platform)
     burst_len = _known(config.steps_per_dispatch)
     drafts = config.speculative_config
     ngram = None
     if drafts is not None and drafts.method == "ngram":
         ngram = NgramConfig(min_len=drafts.prompt_lookup_min, max_len=drafts.prompt_lookup_max)
     return RunnerConfig(
-        max_num_seqs=seqs,
+        max_num_seqs=slots,
         max_model_len=_known(config.max_model_len),
         max_num_batched_tokens=tokens,
         block_size=_known(config.block_size),
@@ -303,7 +304,7 @@ def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
 
 def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: AdaptiveDrafts | None) -> SchedulerConfig:
     return SchedulerConfig(
-        max_num_seqs=runner.max_num_seqs,
+        max_num_seqs=_known(config.max_num_seqs),
         max_model_len=runner.max_model_len,
         max_num_batched_tokens=runner.max_num_batched_tokens,
         block_size=runner.block_size,

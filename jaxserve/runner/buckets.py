@@ -12,6 +12,12 @@ _SIZES = {"cpu": (1, 2, 8), "gpu": (8, 4, 2), "tpu": (8, 4, 4)}
 _LONG_BURST_ROWS = 64
 
 
+def num_slots(max_num_seqs: int, platform: str) -> int:
+    """Slots for so many choices: whole smallest buckets, so that a step of few rows has the size that is fastest."""
+    smallest = _SIZES[platform][0]
+    return -(-max_num_seqs // smallest) * smallest
+
+
 def row_buckets(max_num_seqs: int, platform: str) -> tuple[int, ...]:
     """Row counts from the platform's smallest decode bucket to ``max_num_seqs``.
 

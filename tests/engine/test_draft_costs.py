@@ -23,7 +23,7 @@ CONFIG = EngineConfig(model="m", speculative_config=NGRAM)
 
 def rule_for(platform, max_num_seqs, config=CONFIG, drafter=None):
     buckets = token_buckets(max(512, 2 * max_num_seqs), row_buckets(max_num_seqs, platform), platform)
-    return adaptive_rule(config, platform, [tokens for tokens, _ in buckets], drafter)
+    return adaptive_rule(config, platform, {tokens: False for tokens, _ in buckets}, drafter)
 
 
 def drafts_of_a_runaway(platform, num_running, max_num_seqs):
@@ -45,11 +45,26 @@ def test_a_runaway_is_drafted_for_as_long_as_that_costs_the_others_little():
     assert [drafts_of_a_runaway("gpu", n, 256) for n in (1, 4, 256)] == [4, 4, 0]
 
 
+def test_leaving_the_sizes_whose_layers_are_fused_costs_more():
+    """Eight requests that draft make a step of 64 of one of 8: how many right drafts that takes."""
+    needed = []
+    for fused in (False, True):
+        rule = adaptive_rule(CONFIG, "gpu", {8: fused, 64: False}, None)
+        assert dict(rule.step_costs)[64] == step_cost("gpu", 64)
+        needed.append(
+            next(
+                p for p in range(101)
+                if choose_draft_len({Wish(p / 100, 4): 8}, 8, verify_costs({Wish(p / 100, 4): 8}, 8, 4, rule), 4)
+            )
+        )  # fmt: skip
+    assert 0 < needed[0] < needed[1] < 50
+
+
 def test_what_a_draft_costs():
-    assert adaptive_rule(EngineConfig(model="m"), "gpu", [8], None) is None
+    assert adaptive_rule(EngineConfig(model="m"), "gpu", {8: True}, None) is None
     assert (
         adaptive_rule(
-            dataclasses.replace(CONFIG, speculative_config=SpeculativeConfig(adaptive=False)), "cpu", [1], None
+            dataclasses.replace(CONFIG, speculative_config=SpeculativeConfig(adaptive=False)), "cpu", {1: False}, None
         )
         is None
     )
