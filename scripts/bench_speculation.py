@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from demo import INSTALL, find_weights
+from smollm2 import installed_weights
 
 from jaxserve import LLM, SamplingParams
 
@@ -160,11 +160,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=1, help="of each set; the median counts")
     args = parser.parse_args()
     if args.model is None:
-        weights = find_weights()
-        if weights is None:
-            print(f"the SmolLM2 weights aren't installed; run: {INSTALL}", file=sys.stderr)
-            return 2
-        args.model = str(weights)
+        args.model = str(installed_weights())
     if args.max_num_seqs is None:
         args.max_num_seqs = 1 if jax.default_backend() == "cpu" else 8
     modes = args.modes.split(",")

