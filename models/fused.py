@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -11,6 +12,18 @@ from pallas_kernels.post_attention.plan import ITEM_ROWS, Shape
 from pallas_kernels.post_attention.types import PostAttentionSpec
 
 from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A device: its compute capability, such as "9.0", and how many multiprocessors it has."""
+
+    capability: str
+    multiprocessors: int
+
+    @classmethod
+    def of(cls, device: Any) -> GPU:
+        return cls(device.compute_capability, device.core_count)
 
 
 @dataclass(frozen=True)
@@ -30,16 +43,17 @@ class FusedLayers:
 
 
 def fuse_layers(
-    config: ModelConfig, *, norm_offset: float, plain: bool, dtype: jnp.dtype, capability: str, num_ctas: int
+    config: ModelConfig, *, norm_offset: float, plain: bool, dtype: jnp.dtype, gpu: GPU | str
 ) -> FusedLayers | str:
     """The layers of a model on a GPU; or why they aren't fused.
 
     Args:
         norm_offset: of the layers' norms.
         plain: whether layers are ``x + attn(norm(x))``, then ``x + mlp(norm(x))``, and nothing else.
-        capability: of the GPU.
-        num_ctas: its multiprocessors.
+        gpu: that has the whole model to itself, or why none has.
     """
+    if isinstance(gpu, str):
+        return gpu
     if not plain:
         return f"layers of {config.architecture} have more norms"
     if config.qkv_bias:
@@ -53,5 +67,5 @@ def fuse_layers(
         Q=heads * config.head_dim,
     )
     spec = PostAttentionSpec(eps=config.norm_eps, norm_offset=norm_offset, activation=config.activation)
-    reason = supports(shape, spec, dtype, num_ctas=num_ctas, capability=capability)
-    return reason or FusedLayers(spec, shape, num_ctas)
+    reason = supports(shape, spec, dtype, num_ctas=gpu.multiprocessors, capability=gpu.capability)
+    return reason or FusedLayers(spec, shape, gpu.multiprocessors)

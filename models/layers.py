@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.post_attention.reference import ACTIVATIONS
 from pallas_kernels.qkv_prologue.reference import rms_norm
 from pallas_kernels.qkv_prologue.types import QKNorm, RopeTable
 from pallas_kernels.ragged_paged_attention.types import KVPool
@@ -134,12 +135,6 @@ class Attention(nnx.Module):
         return self.o(out.reshape(num_tokens, num_heads // self.group, self.group, head_dim))
 
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
-
-
 class MLP(nnx.Module):
     """Gated MLP: ``down(activation(gate(x)) * up(x))`` with gate and up in one weight."""
 
@@ -151,7 +146,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [T, E] -> [T, E]
         gate_up = self.gate_up(x)  # [T, 2, F]
-        gate = _ACTIVATIONS[self.activation](gate_up[:, 0].astype(jnp.float32))
+        gate = ACTIVATIONS[self.activation](gate_up[:, 0].astype(jnp.float32))
         inner = (gate * gate_up[:, 1]).astype(x.dtype)  # [T, F]
         return self.down(inner)
 

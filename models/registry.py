@@ -16,22 +16,13 @@ from flax import nnx
 from pallas_kernels.ragged_paged_attention.types import KVPool
 
 from .config import ModelConfig
-from .fused import FusedLayers, fuse_layers
+from .fused import GPU, FusedLayers, fuse_layers
 from .gemma3 import Gemma3
 from .layers import Attend, LMHead
 from .llama import Llama
 from .mistral import Mistral
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A device: its compute capability, such as "9.0", and how many multiprocessors it has."""
-
-    capability: str
-    multiprocessors: int
-
 
 Params = dict[str, Any]  # nested dict (``layers`` is a list) whose leaves are weights
 
@@ -135,18 +126,7 @@ def build(
     dtype = jnp.dtype(dtype)
     family = _FAMILIES[config.architecture]
     layer_type = family.layer_type
-    fused: FusedLayers | str = (
-        gpu
-        if isinstance(gpu, str)
-        else fuse_layers(
-            config,
-            norm_offset=layer_type.norm_type.offset,
-            plain=layer_type.plain,
-            dtype=dtype,
-            capability=gpu.capability,
-            num_ctas=gpu.multiprocessors,
-        )
-    )
+    fused = fuse_layers(config, norm_offset=layer_type.norm_type.offset, plain=layer_type.plain, dtype=dtype, gpu=gpu)
     graph, trunk_state = nnx.split(family(config, dtype, padded_vocab, None if isinstance(fused, str) else fused))
     head, head_state = nnx.split(LMHead(config, dtype, padded_vocab, layer_type.norm_type))
     return Model(

@@ -33,7 +33,8 @@ from aot_gate import CPU_LIMIT, MAX_MODEL_LEN, MAX_SEQS, ROOT, Case, cases
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.models.registry import GPU, build
+from jaxserve.models.fused import GPU
+from jaxserve.models.registry import build
 from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention, attention_specs
 from jaxserve.runner.compiler import Compiler, Task
@@ -194,8 +195,7 @@ def step_compiler(case: Case, mesh: Any, num_layers: int | None) -> Compiler:
     """The runner's compiler for the model's first layers (None: all)."""
     model_config = read_model_toml(ROOT / "configs" / "models" / f"{case.model}.toml")
     model_config = dataclasses.replace(model_config, layers=model_config.layers[:num_layers])
-    device = mesh.devices.flat[0]
-    gpu = GPU(device.compute_capability, device.core_count) if case.target == "h100" else "not a GPU"
+    gpu = GPU.of(mesh.devices.flat[0]) if case.target == "h100" else "not a GPU"
     model = build(model_config, dtype="bfloat16", padded_vocab=model_config.vocab_size, gpu=gpu)
     specs = attention_specs(
         model_config, block_size=case.block_size, dtype="bfloat16", kv_dtype=case.kv_dtype, shards=1

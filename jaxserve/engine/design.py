@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.registry import GPU, Model, build
+from jaxserve.models.fused import GPU
+from jaxserve.models.registry import Model, build
 from jaxserve.models.sharding import kv_heads_for, padded_vocab_for
 from jaxserve.runner.attend import PagedAttention, attention_specs
 from pallas_kernels.ragged_paged_attention.api import (
@@ -75,7 +76,7 @@ def _gpu(config: EngineConfig, implementation: str, device: Any, shards: int, *,
         return f"weights are {config.quantization}"
     if drafts:
         return "two models' launches could wait for each other"
-    return GPU(device.compute_capability, device.core_count)
+    return GPU.of(device)
 
 
 def _select(specs: tuple[AttentionSpec, ...], requested: str, device: Any) -> Selection:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lower_once import run_lowered
 from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Shape, phases, word_places
+from pallas_kernels.post_attention.reference import ACTIVATIONS
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
 
 MAX_ROWS = 32
@@ -46,8 +47,8 @@ def supports(
         return f"it is written for compute capability {CAPABILITY}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it computes in bfloat16, not {jnp.dtype(dtype).name}"
-    if spec.activation not in ("silu", "gelu_tanh"):
-        return f"its activations are silu and gelu_tanh, not {spec.activation}"
+    if spec.activation not in ACTIVATIONS:
+        return f"its activations are {' and '.join(ACTIVATIONS)}, not {spec.activation}"
     if odd:
         return f"{odd[0]}, no multiple of {COLUMNS}"
     if shape.M % ITEM_ROWS or not 0 < shape.M <= MAX_ROWS:

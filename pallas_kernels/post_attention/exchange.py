@@ -124,7 +124,7 @@ def publish_rows(
     @plgpu.inline_mgpu(arg_types=(ITEM, plgpu.RefType(), _SCALAR))
     def store(_: Any, value: Any, words: Any, begin: Any) -> None:
         row, column = _item_place()
-        with _when(arith.cmpi(arith.CmpIPredicate.eq, column, _c(0))):
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, column, _c(0))):
             address = _address(words, arith.addi(begin.registers.item(), arith.muli(row, _c(stride))))
             _store(address, [arith.bitcast(_type(), vector.extract(value.registers.item(), [], [0]))])
 
@@ -212,7 +212,7 @@ def empty(words: Any, cta: jax.Array, num_ctas: int) -> None:  # int32[n] in glo
         mine = arith.muli(arith.addi(arith.muli(cta.registers.item(), _c(WARPGROUP)), thread), _c(_CHUNK))
         for i in range(-(-size // (share * num_ctas))):
             place = arith.addi(mine, _c(i * share * num_ctas))
-            with _when(arith.cmpi(arith.CmpIPredicate.slt, place, _c(size))):
+            with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, place, _c(size))):
                 _store(_address(words, place), [_c(EMPTY)] * _CHUNK)
 
     store(words, cta)
@@ -292,7 +292,3 @@ def _poll(addresses: Sequence[Any], num_words: int) -> list[list[Any]]:
         scf.yield_([times])
     words = list(loop.results)[1:]
     return [words[i : i + num_words] for i in range(0, len(words), num_words)]
-
-
-def _when(condition: Any) -> Any:
-    return mgpu.when(condition)

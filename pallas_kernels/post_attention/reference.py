@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec
 from pallas_kernels.qkv_prologue.reference import rms_norm
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of the gate
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 def post_attention(
@@ -21,7 +26,7 @@ def post_attention(
     """See api.post_attention."""
     x = x + _dot(attended, layer.o)
     gate, up = jnp.split(_dot(rms_norm(x, layer.mlp_norm, spec.eps, spec.norm_offset), layer.gate_up), 2, axis=1)
-    inner = (_ACTIVATIONS[spec.activation](gate.astype(jnp.float32)) * up).astype(x.dtype)
+    inner = (ACTIVATIONS[spec.activation](gate.astype(jnp.float32)) * up).astype(x.dtype)
     x = x + _dot(inner, layer.down)
     return x, _dot(rms_norm(x, following.attn_norm, spec.eps, spec.norm_offset), following.qkv)
 

@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.registry import GPU, build
+from jaxserve.models.fused import GPU
+from jaxserve.models.registry import build
 from jaxserve.runner.attend import PagedAttention, attention_specs
 from pallas_kernels.ragged_paged_attention.types import RaggedBatch
 
@@ -53,8 +54,7 @@ class Scorer:
         block_size: int,
         max_len: int,
     ) -> None:
-        device = jax.devices()[0]
-        gpu = GPU(device.compute_capability, device.core_count) if implementation == "pallas_gpu" else "not asked for"
+        gpu = GPU.of(jax.devices()[0]) if implementation == "pallas_gpu" else "not asked for"
         model = build(config, dtype=dtype, padded_vocab=config.vocab_size, gpu=gpu)
         specs = attention_specs(config, block_size=block_size, dtype=dtype, kv_dtype=dtype, shards=1)
         mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))

@@ -8,8 +8,9 @@ from tiny_engines import GOLDEN, SMALL, generate, ids
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
+from jaxserve.engine.describe import _layers
 from jaxserve.engine.design import _gpu
-from jaxserve.models.registry import GPU
+from jaxserve.models.fused import GPU
 from jaxserve.runner import buckets
 
 
@@ -38,6 +39,16 @@ def test_more_slots_than_choices(monkeypatch, reference):
 def test_slots_are_whole_smallest_buckets(platform, most, slots):
     assert buckets.num_slots(most, platform) == slots
     assert all(size % 8 == 0 for size in buckets.row_buckets(slots, platform)) or platform == "cpu"
+
+
+def test_what_an_engine_says_of_its_layers():
+    def says(fused, *sizes):
+        executables = SimpleNamespace(forward={(size, 8): None for size in sizes})
+        return _layers(SimpleNamespace(fused=fused, fuses=lambda size: size <= 16), executables)
+
+    assert says("the device is a CPU", 8, 64) == "XLA's products: the device is a CPU"
+    assert says(None, 64, 128) == "XLA's products: no step is small enough"
+    assert says(None, 64, 16, 8) == "all but the last in one launch each, in steps of 8 or 16 tokens, padding included"
 
 
 HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)

@@ -15,8 +15,9 @@ from dense_attention import dense_attend, random_params
 from small_configs import FAMILIES
 
 from jaxserve.models import llama
+from jaxserve.models.fused import GPU
 from jaxserve.models.quantized import quantize_int8
-from jaxserve.models.registry import GPU, build
+from jaxserve.models.registry import build
 from pallas_kernels.post_attention import reference
 
 HOPPER = GPU("9.0", 132)

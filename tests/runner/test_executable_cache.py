@@ -13,10 +13,13 @@ import pytest
 
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine.build import build_engine
+from jaxserve.models.fused import FusedLayers
 from jaxserve.runner.compile import _compile, measure_temp
 from jaxserve.runner.executable_cache import ExecutableCache
 from jaxserve.runner.executables import sample_keys
 from jaxserve.runner.jax_cache import ApartFromJaxCache
+from pallas_kernels.post_attention.plan import Shape
+from pallas_kernels.post_attention.types import PostAttentionSpec
 
 MODEL = str(Path(__file__).parents[1] / "engine" / "tiny_dummy.toml")
 SMALL = {
@@ -115,8 +118,12 @@ def test_whatever_is_compiled_in_is_part_of_the_key(tmp_path, compiler, monkeypa
     attention = dataclasses.replace(compiler.attention, implementation="pallas_gpu")
     other = dataclasses.replace(compiler, attention=attention)
     assert ExecutableCache.of(str(tmp_path), other).load(task) is None
+    settings, shape = PostAttentionSpec(1e-6, 0.0, "silu"), Shape(8, 64, 64, 64, 64)
     fused = [
-        dataclasses.replace(compiler, model=dataclasses.replace(compiler.model, fused=f"{ctas}")) for ctas in (66, 132)
+        dataclasses.replace(
+            compiler, model=dataclasses.replace(compiler.model, fused=FusedLayers(settings, shape, num_ctas))
+        )
+        for num_ctas in (66, 132)
     ]
     keys = {ExecutableCache.of(str(tmp_path), one).identity for one in (compiler, *fused)}
     assert len(keys) == 3, "a kernel is compiled for as many CTAs as the GPU has multiprocessors"
