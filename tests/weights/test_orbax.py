@@ -108,17 +108,23 @@ def test_damage_is_found_on_opening(converted):
 
 LOAD = """
 import sys
+from jaxserve.errors import CheckpointError
 from jaxserve.models.registry import build
 from jaxserve.weights import load_params, open_checkpoint
-checkpoint = open_checkpoint(sys.argv[1])
-load_params(checkpoint, build(checkpoint.config, dtype="float32", padded_vocab=140), progress=False)
+try:
+    checkpoint = open_checkpoint(sys.argv[1])
+    load_params(checkpoint, build(checkpoint.config, dtype="float32", padded_vocab=140), progress=False)
+except CheckpointError as error:
+    print(error)
 """
 
 
 def test_lost_data_is_found(converted):
-    """In a process of its own: reads that Orbax still has under way when one fails complain later, in other tests."""
+    """In a process of its own: reads that Orbax still has under way when one fails complain later, in other tests.
+
+    They complain on stderr, at any time and from threads of their own, so what is looked for goes to stdout.
+    """
     for path in (converted / "params").rglob("d/*"):
         path.write_bytes(b"")
     loading = subprocess.run([sys.executable, "-c", LOAD, str(converted)], capture_output=True, text=True, timeout=300)
-    assert loading.returncode == 1
-    assert f"CheckpointError: '{converted / 'params'}' isn't a whole Orbax checkpoint" in loading.stderr
+    assert loading.stdout.startswith(f"'{converted / 'params'}' isn't a whole Orbax checkpoint"), loading.stderr
