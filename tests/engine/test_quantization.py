@@ -198,7 +198,8 @@ def test_weights_that_leave_no_room_are_refused_before_they_are_read():
 def test_temporaries_are_measured_before_the_pool_is_sized(byte_tokenizer_path, monkeypatch, drafts):
     """On a device that says how much memory it has: what a trial found is kept free beside weights and state."""
     monkeypatch.setattr(build, "_memory_stats", lambda mesh: {"bytes_limit": 560 << 20})
-    tiny = Tiny("llama", byte_tokenizer_path, kv_cache_memory_bytes=None, speculative_config=drafts)
+    small = SMALL | {"max_num_seqs": 1, "max_num_batched_tokens": 8}
+    tiny = Tiny("llama", byte_tokenizer_path, **small, kv_cache_memory_bytes=None, speculative_config=drafts)
     memory = tiny.engine.info["memory"]
     assert "from the memory that is left" in memory["kv cache"] and not memory["temporaries"].startswith("0 ")
     with tiny.llm() as llm:

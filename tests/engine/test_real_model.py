@@ -84,7 +84,7 @@ def test_all_golden_ids_texts_and_top_logits(smollm2):
     [
         (SHORT, {"max_prefill_chunk_len": 1}),
         ([*SHORT, *LONG], {"max_prefill_chunk_len": 7, "run_ahead": 3}),
-        ([*SHORT, *LONG], {"max_prefill_chunk_len": 64, "run_ahead": 0}),
+        pytest.param([*SHORT, *LONG], {"max_prefill_chunk_len": 64, "run_ahead": 0}, marks=pytest.mark.slow),
         # 33 blocks hold 528 tokens; the long prompts take 29 and 30 of them
         ([*SHORT, *LONG], {"num_blocks": 33, "admission_headroom_len": 0, "max_prefill_chunk_len": 64}),
     ],
