@@ -149,6 +149,7 @@ def bench(args: list[str]) -> int:
             ("input_len", Annotated[int, tyro.conf.arg(help="tokens a prompt")], 128),
             ("output_len", Annotated[int, tyro.conf.arg(help="tokens generated a prompt, EOS ignored")], 64),
         ],
+        replaced={"max_tokens": "--output-len", "ignore_eos": "--output-len"},
     )
     num_prompts, input_len, output_len = (settings.command[k] for k in ("num_prompts", "input_len", "output_len"))
     for name in ("num_prompts", "input_len", "output_len"):

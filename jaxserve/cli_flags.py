@@ -12,6 +12,7 @@ import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import tyro
@@ -76,32 +77,39 @@ def parse(
     command_fields: Sequence[tuple[Any, ...]],
     *,
     sampling: bool = True,
+    replaced: Mapping[str, str] = MappingProxyType({}),
 ) -> Settings:
     """Parses a command's arguments; a flag's wrong or missing value ends the process with status 2, ``--help`` with 0.
 
     Args:
         command_fields: the command's own flags, as ``dataclasses.make_dataclass`` takes them.
         sampling: whether the command has sampling flags.
+        replaced: the sampling settings that the command has no flag for -> its own flag that decides them.
 
     Raises:
         ConfigError, InvalidRequestError: a flag or a setting is unknown, or a value out of range.
     """
-    path = _config_path(args)
+    before = list(itertools.takewhile(lambda arg: arg != "--", args))
+    path = _config_path(before)
     file_engine, file_sampling = ({}, {}) if path is None else read_settings(path, NOT_IN_FILES)
     spec: list[tuple[Any, ...]] = list(command_fields)
     spec.append(("config", Annotated[str | None, tyro.conf.arg(help="a file of settings; flags win over it")], None))
     spec += _engine_fields(file_engine)
     if sampling:
-        spec += _sampling_fields(file_sampling)
+        spec += [f for f in _sampling_fields(file_sampling) if f[0] not in replaced]
     flags = make_dataclass("Flags", [f for f in spec if len(f) == 2] + [f for f in spec if len(f) == 3], kw_only=True)
-    _refuse_unknown(prog, args, ["-h", "--help", *_names(flags)])
+    _refuse_unknown(prog, before, ["-h", "--help", *_names(flags)], replaced)
     parsed = vars(tyro.cli(flags, args=list(args), prog=prog, description=description, config=(_append,)))
     engine = {f.name: parsed[RENAMED.get(f.name, f.name)] for f in fields(EngineConfig)}
-    engine["speculative_config"] = _speculative(engine["speculative_config"], file_engine)
+    given = {_setting(arg) for arg in before}
+    if "speculative_config" in given:
+        engine["speculative_config"] = _speculative(engine["speculative_config"])
+    else:
+        engine["speculative_config"] = file_engine.get("speculative_config")
     asked = {}
     if sampling:
-        given = {f.name: parsed[f.name] for f in fields(SamplingParams) if f.name not in NOT_FLAGS}
-        asked = file_sampling | {name: value for name, value in given.items() if value not in (None, (), {})}
+        asked = file_sampling | {f.name: parsed[f.name] for f in fields(SamplingParams) if f.name in given}
+        asked = {name: value for name, value in asked.items() if value is not None}  # None: what no file had set
     settings = Settings(EngineConfig(**engine), asked, {name: parsed[name] for name, *_ in command_fields})
     settings.sampling_params({})  # refuses now what would be refused when the model is loaded
     return settings
@@ -112,12 +120,21 @@ _append = tyro.conf.UseAppendAction
 
 def _config_path(args: Sequence[str]) -> str | None:
     """The value of ``--config``, which is needed before the flags' defaults are known."""
-    for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith("--config="):
-            return arg.removeprefix("--config=")
-    return None
+    paths = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    paths += [value for flag, value in itertools.pairwise(args) if flag == "--config"]
+    if len(paths) > 1:
+        raise ConfigError(f"--config is given {len(paths)} times; allowed: once")
+    return paths[0] if paths else None
+
+
+def _flag(arg: str) -> str:
+    """The name of the flag that an argument gives."""
+    return arg.partition("=")[0].replace("_", "-")
+
+
+def _setting(arg: str) -> str:
+    """The setting whose flag an argument is; empty where it is a value."""
+    return _flag(arg)[2:].removeprefix("no-").replace("-", "_") if arg.startswith("--") else ""
 
 
 def _names(flags: type, prefix: str = "--") -> Iterator[str]:
@@ -135,13 +152,15 @@ def _names(flags: type, prefix: str = "--") -> Iterator[str]:
                 yield f"{prefix}no-{name}"
 
 
-def _refuse_unknown(prog: str, args: Sequence[str], known: Sequence[str]) -> None:
+def _refuse_unknown(prog: str, args: Sequence[str], known: Sequence[str], replaced: Mapping[str, str]) -> None:
     """tyro takes what follows an unknown flag as its values, and then misses the prompt."""
-    for arg in itertools.takewhile(lambda arg: arg != "--", args):
+    for arg in args:
         name = arg.partition("=")[0]
         is_flag = name.startswith("--") or (name.startswith("-") and name[1:2].isalpha())
-        if is_flag and name.replace("_", "-") not in known and not name.startswith("--tyro-"):
-            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+        if is_flag and _flag(arg) not in known and not name.startswith("--tyro-"):
+            if (instead := replaced.get(_setting(arg))) is not None:
+                raise ConfigError(f"{prog} has no flag {name!r}: {instead} decides it")
+            near = difflib.get_close_matches(_flag(arg), known, n=1)
             raise ConfigError(
                 f"unknown flag {name!r}; "
                 + (f"did you mean {near[0]!r}? " if near else "")
@@ -163,7 +182,7 @@ def _engine_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def _sampling_fields(file: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """A flag for every sampling setting. None or empty means "not given"; a switch has its value instead."""
+    """A flag for every sampling setting. Its default is never asked for, but a switch shows it."""
     hints = typing.get_type_hints(SamplingParams)
     spec: list[tuple[Any, ...]] = []
     for f in fields(SamplingParams):
@@ -191,15 +210,13 @@ def _if_absent(name: str, in_file: Any, default: Any) -> str:
     return IF_ABSENT.get(name, "none" if default is None else repr(default))
 
 
-def _speculative(flag: str | None, file: Mapping[str, Any]) -> Any:
-    """The fields of a SpeculativeConfig: the flag's JSON, or the file's table."""
-    if flag is None:
-        return file.get("speculative_config")
+def _speculative(flag: str | None) -> Any:
+    """The fields of a SpeculativeConfig in the flag's JSON; None and null: no speculation."""
     try:
-        settings = json.loads(flag)
+        settings = None if flag is None else json.loads(flag)
     except json.JSONDecodeError as error:
         raise ConfigError(f"speculative_config is {flag!r}, which isn't JSON: {error}") from error
-    if not isinstance(settings, dict):
+    if settings is not None and not isinstance(settings, dict):
         raise ConfigError(f"speculative_config is {flag!r}; allowed: a JSON object, such as {SPECULATIVE_EXAMPLE}")
     return settings
 

@@ -136,6 +136,8 @@ def test_info_prints_what_the_engine_decided(engine, capsys):
         (["generate", "--model", "m", "--max-num-seqs", "0", "x"], "max_num_seqs is 0"),
         (["generate", "--model", "m", "--config", "nowhere.toml", "x"], "nowhere.toml"),
         (["bench", "--model", "m", "--num-prompts", "0"], "num_prompts is 0"),
+        (["bench", "--model", "m", "--max-tokens", "5"], "bench has no flag '--max-tokens': --output-len decides it"),
+        (["bench", "--model", "m", "--no-ignore-eos"], "bench has no flag '--no-ignore-eos': --output-len decides it"),
         (["nonsense"], "unknown command 'nonsense'"),
     ],
 )

@@ -14,6 +14,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.sampling_params import CHECKPOINT_SETTINGS
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "serving"
+PROMPT = [("prompt", Annotated[str, tyro.conf.Positional])]
 
 
 def test_every_engine_setting_is_a_flag_with_the_dataclass_default():
@@ -31,6 +32,38 @@ def test_speculation_is_json_on_the_command_line_and_a_table_in_a_file(tmp_path)
     assert cli_flags.parse("p", "", args, []).engine.speculative_config.num_speculative_tokens == 5
 
 
+@pytest.mark.parametrize("none", ["None", "null"])
+def test_none_is_a_flags_value_that_wins_over_the_file(tmp_path, none):
+    file = tmp_path / "c.toml"
+    settings = "max_seconds = 3\n[speculative_config]\n[sampling]\nseed = 3\nmax_seconds = 3\ntop_k = 3\n"
+    file.write_text(settings)
+    args = ["--model", "m", "--config", str(file), "--speculative-config", none]
+    for flag in ("--engine-max-seconds", "--seed", "--max_seconds", "--top-k"):
+        args += [flag, "None"]
+    parsed = cli_flags.parse("p", "", args, [])
+    assert parsed.engine == EngineConfig(model="m")
+    assert parsed.sampling == {}
+
+
+def test_a_prompt_that_is_a_flags_name_is_no_flag(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[sampling]\nseed = 3\n")
+    args = ["--model", "m", "--config", str(file)]
+    assert cli_flags.parse("p", "", [*args, "seed"], PROMPT).sampling == {"seed": 3}
+    assert cli_flags.parse("p", "", [*args, "--", "--seed=4"], PROMPT).sampling == {"seed": 3}
+
+
+def test_a_text_that_looks_like_the_flag_of_a_file_is_a_text():
+    settings = cli_flags.parse("p", "", ["--model", "m", "--", "--config=nowhere"], PROMPT)
+    assert settings.command["prompt"] == "--config=nowhere"
+
+
+@pytest.mark.parametrize("second", [["--config", "b.toml"], ["--config=b.toml"]])
+def test_two_files_are_refused(second):
+    with pytest.raises(ConfigError, match="--config is given 2 times; allowed: once"):
+        cli_flags.parse("p", "", ["--config", "a.toml", "--model", "m", *second], [])
+
+
 @pytest.mark.parametrize("text", ["{", "3", '{"method": "magic"}', '{"colour": 1}'])
 def test_wrong_speculation_is_refused(text):
     with pytest.raises(ConfigError, match="speculative_config|SpeculativeConfig"):
@@ -44,9 +77,6 @@ def test_repetition_is_flags_and_a_table_of_a_file(tmp_path):
     engine = cli_flags.parse("p", "", args, []).engine
     rule = engine.repetition_detection
     assert (engine.repetition, rule.min_count, rule.max_pattern_size, rule.min_pattern_size) == ("stop", 5, 9, 1)
-
-
-PROMPT = [("prompt", Annotated[str, tyro.conf.Positional])]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +107,7 @@ def test_what_looks_like_a_flag_may_be_a_value():
 
 def test_the_known_flags_are_those_that_help_shows(capsys, monkeypatch):
     known = []
-    monkeypatch.setattr(cli_flags, "_refuse_unknown", lambda prog, args, names: known.extend(names))
+    monkeypatch.setattr(cli_flags, "_refuse_unknown", lambda prog, args, names, replaced: known.extend(names))
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
     shown = re.findall(r"^[ │|]*(--?[a-z].*)", capsys.readouterr().out, re.MULTILINE)
