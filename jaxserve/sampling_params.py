@@ -92,7 +92,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int | None = None  # None: drawn once at admission
+    seed: int | None = None  # None or -1: drawn once at admission
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -100,7 +100,7 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = 16  # None: the engine's default_max_tokens
     min_tokens: int = 0
-    max_seconds: float | None = None  # wall clock from admission
+    max_seconds: float | None = None  # wall clock from submission
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
@@ -140,6 +140,8 @@ class SamplingParams:
         _number(self, "frequency_penalty", -2.0, 2.0)
         _number(self, "repetition_penalty", 0.0, 1e6, low_open=True)
         _integer(self, "seed", -(2**63), MAX_SEED, optional=True)
+        if self.seed == -1:  # vLLM's other word for None
+            object.__setattr__(self, "seed", None)
         _integer(self, "max_tokens", 1, 2**31 - 1, optional=True)
         _integer(self, "min_tokens", 0, 2**31 - 1)
         _number(self, "max_seconds", 0.0, 1e9, low_open=True, optional=True)

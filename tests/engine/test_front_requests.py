@@ -255,6 +255,11 @@ def test_seeds_are_drawn_once_a_request_from_the_engines_seed():
     assert len(set(seeds(1))) == 3
 
 
+def test_a_seed_of_minus_one_is_none_as_in_vllm():
+    assert SamplingParams(seed=-1) == SamplingParams(seed=np.int64(-1)) == SamplingParams()
+    assert SamplingParams(seed=-2).seed == -2
+
+
 def test_a_refused_request_draws_nothing():
     one, two = builder(), builder()
     with pytest.raises(InvalidRequestError):
