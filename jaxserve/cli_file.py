@@ -32,10 +32,11 @@ def read_settings(path: str, not_sampling: tuple[str, ...]) -> tuple[dict[str, A
         _table(path, "speculative_config", engine["speculative_config"])
     for name, value in engine.items():
         try:
-            engine[name] = TABLES[name](**value) if name in TABLES else value
-            EngineConfig(**{"model": "any", name: engine[name]})
+            checked = EngineConfig(**{"model": "any", name: value})
         except ConfigError as error:
-            raise ConfigError(f"{_where(path, name, value)}: {error}") from error
+            raise ConfigError(f"{path!r}: {error}") from error
+        if name in TABLES:
+            engine[name] = getattr(checked, name)
     _known(path, "an unknown sampling setting ", sampling, SamplingParams)
     for name, value in sampling.items():
         if name in not_sampling:
@@ -43,14 +44,8 @@ def read_settings(path: str, not_sampling: tuple[str, ...]) -> tuple[dict[str, A
         try:
             SamplingParams.from_dict({"max_tokens": None, name: value})
         except InvalidRequestError as error:
-            raise ConfigError(f"{_where(path, f'sampling.{name}', value)}: {error}") from error
+            raise ConfigError(f"{path!r}, [sampling]: {error}") from error
     return engine, sampling
-
-
-def _where(path: str, name: str, value: Any) -> str:
-    """The file, and the table in it that an error's own name is of."""
-    table = name if isinstance(value, dict) else name.rpartition(".")[0]
-    return f"{path!r}, [{table}]" if table else repr(path)
 
 
 def _table(path: str, name: str, value: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, inside
 from jaxserve.sampling_params import MAX_SEED, RepetitionDetection, is_integer
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -26,16 +26,15 @@ Policy = Literal["fcfs", "priority"]
 MAX_SECONDS = 1e9  # threads can't wait for as long as they like
 
 
-def _from_dict[T](cls: type[T], settings: Mapping[str, Any]) -> T:
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+def _check_known(cls: type[Any], settings: Mapping[str, Any]) -> None:
+    known = {f.name for f in fields(cls)}
     if unknown := sorted(set(settings) - known):
         raise ConfigError(f"unknown setting {unknown[0]!r} of {cls.__name__}; known: {', '.join(sorted(known))}")
-    return cls(**settings)
 
 
-def _check_quantization(value: Any, name: str) -> None:
+def _check_quantization(value: Any) -> None:
     if value is not None and value not in get_args(Quantization):
-        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(get_args(Quantization))}, or None")
+        raise ConfigError(f"quantization is {value!r}; allowed: {', '.join(get_args(Quantization))}, or None")
 
 
 def _integer(owner: Any, name: str, low: int, high: int | None = None) -> None:
@@ -68,7 +67,9 @@ def _nested(owner: Any, name: str, cls: type[Any], *, optional: bool = False) ->
     """A config inside another; a mapping of its fields becomes one."""
     value = getattr(owner, name)
     if isinstance(value, Mapping):
-        object.__setattr__(owner, name, _from_dict(cls, value))
+        _check_known(cls, value)
+        with inside(name):
+            object.__setattr__(owner, name, cls(**value))
     elif not isinstance(value, cls) and not (value is None and optional):
         raise ConfigError(
             f"{name} is {value!r}; allowed: a {cls.__name__}, a dict of its fields{', or None' if optional else ''}"
@@ -121,15 +122,16 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         if self.method not in ("ngram", "draft_model"):
-            raise ConfigError(f"speculative_config's method is {self.method!r}; allowed: 'ngram', 'draft_model'")
-        _check_quantization(self.quantization, "speculative_config's quantization")
+            raise ConfigError(f"method is {self.method!r}; allowed: 'ngram', 'draft_model'")
+        _check_quantization(self.quantization)
         given = [name for name in ("model", "quantization") if getattr(self, name) is not None]
         if self.method == "ngram" and given:
-            raise ConfigError(f"speculative_config has {given[0]!r} with method 'ngram'; allowed: with 'draft_model'")
+            value = getattr(self, given[0])
+            raise ConfigError(f"{given[0]} is {value!r} with method 'ngram'; allowed: None, or method 'draft_model'")
         if self.method == "draft_model" and not given:
             raise ConfigError(
-                "speculative_config has method 'draft_model' and neither 'model' (a checkpoint) nor 'quantization' "
-                "(such as 'int8': a copy of the target drafts); give one of them, or both"
+                "model is None, and so is quantization, with method 'draft_model'; allowed: a model (a checkpoint), a "
+                "quantization (such as 'int8': a copy of the target drafts), or both"
             )
         _path(self, "model", optional=True)
         _boolean(self, "adaptive")
@@ -253,16 +255,17 @@ class EngineConfig:
             raise ConfigError(
                 f"steps_per_dispatch is {self.steps_per_dispatch} with run_ahead 0; allowed: 1, or a run_ahead above 0"
             )
-        _check_quantization(self.quantization, "quantization")
+        _check_quantization(self.quantization)
         _nested(self, "speculative_config", SpeculativeConfig, optional=True)
         _nested(self, "limits", Limits)
         _nested(self, "repetition_detection", RepetitionDetection)
-        _integer(self.repetition_detection, "min_pattern_size", 1)
-        _integer(self.repetition_detection, "max_pattern_size", self.repetition_detection.min_pattern_size)
-        _integer(self.repetition_detection, "min_count", 2)
+        with inside("repetition_detection"):
+            _integer(self.repetition_detection, "min_pattern_size", 1)
+            _integer(self.repetition_detection, "max_pattern_size", self.repetition_detection.min_pattern_size)
+            _integer(self.repetition_detection, "min_count", 2)
         if (longest := self.repetition_detection.max_pattern_size) > self.limits.max_repetition_pattern:
             raise ConfigError(
-                f"repetition_detection's max_pattern_size is {longest}; allowed: at most "
+                f"repetition_detection.max_pattern_size is {longest}; allowed: at most "
                 f"{self.limits.max_repetition_pattern} (limits.max_repetition_pattern)"
             )
         for name in ("max_seconds", "watchdog_seconds"):
@@ -279,7 +282,8 @@ class EngineConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> EngineConfig:
         """Builds from a mapping; an unknown key is refused by name."""
-        return _from_dict(cls, settings)
+        _check_known(cls, settings)
+        return cls(**settings)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

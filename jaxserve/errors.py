@@ -15,6 +15,9 @@
 The message says what was wrong (name and value) and what would be right.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class JaxserveError(Exception):
     """Base of all errors below."""
@@ -50,3 +53,12 @@ class CompileAfterWarmupError(JaxserveError, RuntimeError):
 
 class EngineDeadError(JaxserveError, RuntimeError):
     """The engine serves no more. It failed, and ``__cause__`` says of what; or it was shut down, which has no cause."""
+
+
+@contextlib.contextmanager
+def inside(name: str) -> Iterator[None]:
+    """What is refused within is a setting of ``name``: the message, which begins with that setting, says so."""
+    try:
+        yield
+    except (ConfigError, InvalidRequestError) as error:
+        raise type(error)(f"{name}.{error}") from error

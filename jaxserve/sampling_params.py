@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any
 
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import InvalidRequestError, inside
 from jaxserve.vllm_arguments import SAMPLING_NEUTRAL, accept_neutral
 
 MAX_SEED = 2**63 - 1
@@ -156,9 +156,10 @@ class SamplingParams:
                 raise InvalidRequestError(
                     f"repetition_detection is {r!r}; allowed: a RepetitionDetection, a dict of its fields, or None"
                 )
-            _integer(r, "min_pattern_size", 1, 2**31 - 1)
-            _integer(r, "max_pattern_size", r.min_pattern_size, 2**31 - 1)
-            _integer(r, "min_count", 2, 2**31 - 1)
+            with inside("repetition_detection"):
+                _integer(r, "min_pattern_size", 1, 2**31 - 1)
+                _integer(r, "max_pattern_size", r.min_pattern_size, 2**31 - 1)
+                _integer(r, "min_count", 2, 2**31 - 1)
 
     def _check_lists(self) -> None:
         for name in ("stop", "bad_words"):

@@ -10,6 +10,7 @@ import pytest
 
 from jaxserve import LLM, AsyncEngine, ConfigError, EngineConfig, Limits
 from jaxserve.config import SpeculativeConfig, read_toml
+from jaxserve.sampling_params import RepetitionDetection
 
 DUMMY = str(Path(__file__).parent / "engine" / "tiny_dummy.toml")
 
@@ -24,10 +25,13 @@ DUMMY = str(Path(__file__).parent / "engine" / "tiny_dummy.toml")
         ({"compilation_cache_dir": True}, "compilation_cache_dir is True"),
         ({"limits": "x"}, "limits is 'x'; allowed: a Limits, a dict of its fields"),
         ({"limits": {"max_logprob": 5}}, "'max_logprob' of Limits"),
-        ({"limits": {"max_logprobs": -5}}, "max_logprobs is -5; allowed: an integer of at least 1"),
+        ({"limits": {"max_logprobs": -5}}, r"^limits\.max_logprobs is -5; allowed: an integer of at least 1"),
         ({"speculative_config": "ngram"}, "speculative_config is 'ngram'; allowed: a SpeculativeConfig"),
-        ({"speculative_config": {"adaptive": "x"}}, "adaptive is 'x'; allowed: True, False"),
-        ({"speculative_config": {"method": "draft_model", "model": 3}}, "model is 3"),
+        ({"speculative_config": {"adaptive": "x"}}, r"^speculative_config\.adaptive is 'x'; allowed: True, False"),
+        ({"speculative_config": {"method": "draft_model", "model": 3}}, r"^speculative_config\.model is 3"),
+        ({"speculative_config": {"method": "magic"}}, r"^speculative_config\.method is 'magic'"),
+        ({"repetition_detection": {"min_count": 1}}, r"^repetition_detection\.min_count is 1"),
+        ({"repetition_detection": RepetitionDetection(min_count=1)}, r"^repetition_detection\.min_count is 1"),
         ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization is '0.9'"),
         ({"gpu_memory_utilization": None}, "gpu_memory_utilization is None"),
         ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True"),
@@ -39,7 +43,10 @@ DUMMY = str(Path(__file__).parent / "engine" / "tiny_dummy.toml")
         ({"skip_tokenizer_init": 0}, "skip_tokenizer_init is 0"),
         ({"strict_compile": "yes"}, "strict_compile is 'yes'"),
         ({"watchdog_seconds": math.inf}, r"watchdog_seconds is inf; allowed: .* at most 1e\+09"),
-        ({"repetition_detection": {"max_pattern_size": 513}}, "max_pattern_size is 513; allowed: at most 512"),
+        (
+            {"repetition_detection": {"max_pattern_size": 513}},
+            r"^repetition_detection\.max_pattern_size is 513; .* 512",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, named):

@@ -34,7 +34,7 @@ def open_drafter(config: EngineConfig, target: ModelConfig, max_model_len: int, 
     if speculative.model is None:
         if speculative.quantization == config.quantization:
             raise ConfigError(
-                f"speculative_config's quantization is {speculative.quantization!r}, and so is the model's: a copy "
+                f"speculative_config.quantization is {speculative.quantization!r}, and so is the model's: a copy "
                 "would cost as much as the model; allowed: another quantization, or a draft model"
             )
         return None

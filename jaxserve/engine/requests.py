@@ -209,7 +209,7 @@ class RequestBuilder:
         loop = params.repetition_detection
         if loop is not None and loop.max_pattern_size > limits.max_repetition_pattern:
             raise InvalidRequestError(
-                f"repetition_detection's max_pattern_size is {loop.max_pattern_size}; allowed: at most "
+                f"repetition_detection.max_pattern_size is {loop.max_pattern_size}; allowed: at most "
                 f"{limits.max_repetition_pattern} (the engine's limits.max_repetition_pattern)"
             )
         drafts = self._config.speculative_config

@@ -207,9 +207,12 @@ def test_row_25_over_several_devices(tiny, tp, quantization):
 
 
 REFUSED = {
-    "no model": ({"method": "draft_model"}, "give one of them"),
-    "ngram with a model": ({"method": "ngram", "model": LLAMA}, "'model' with method 'ngram'"),
-    "ngram, quantised": ({"quantization": "int8"}, "'quantization' with method 'ngram'"),
+    "no model": ({"method": "draft_model"}, r"speculative_config\.model is None, and so is quantization"),
+    "ngram with a model": (
+        {"method": "ngram", "model": LLAMA},
+        r"speculative_config\.model is '.*' with method 'ngram'",
+    ),
+    "ngram, quantised": ({"method": "ngram", "quantization": "int8"}, "quantization is 'int8' with method 'ngram'"),
     "unknown quantization": ({"method": "draft_model", "quantization": "int3"}, "'int3'; allowed: int8, int4, fp8"),
     "unknown method": ({"method": "eagle"}, "'ngram', 'draft_model'"),
     "another vocabulary": ({"method": "draft_model", "model": "tiny_dummy.toml"}, "261 token ids; allowed: the"),
