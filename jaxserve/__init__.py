@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,8 +55,6 @@ _HOMES = {
     "jaxserve.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput"),
     "jaxserve.sampling_params": ("RepetitionDetection", "SamplingParams"),
 }
-
-logging.getLogger("jaxserve").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

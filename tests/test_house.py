@@ -12,8 +12,11 @@ EVERYTHING = [*PRODUCT, *source_files("scripts", "tests")]
 KERNEL_FILES = {path for path in PRODUCT if path.parts[0] == "pallas_kernels"}
 # What is done with XLA's own variables, whatever they are called in the source.
 ENVIRONMENT_ALLOWED = {
-    # It must be set, not read, and before XLA's backend exists.
-    Path("jaxserve/engine/build.py"): ["os.environ.setdefault('XLA_CLIENT_MEM_FRACTION', *)"],
+    # It must be set before XLA's backend exists, unless the user has set it by its older name.
+    Path("jaxserve/engine/memory_share.py"): [
+        "os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', *)",
+        "os.environ.setdefault('XLA_CLIENT_MEM_FRACTION', *)",
+    ],
     # The compiler's flags tell executables apart.
     Path("jaxserve/runner/executable_cache.py"): [
         "os.environ.get('XLA_FLAGS', *)",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import shutil
 import time
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from jaxserve.engine.describe import describe
 from jaxserve.engine.design import design
 from jaxserve.engine.draft_costs import adaptive_rule, without_hopeless_drafts
 from jaxserve.engine.drafter import abstract_drafter, load_drafter, open_drafter
+from jaxserve.engine.memory_share import ask_for_memory, tell_share
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sharding import named_shardings
@@ -34,6 +33,7 @@ from jaxserve.runner.config import NgramConfig, RunnerConfig
 from jaxserve.runner.draft import DraftModel
 from jaxserve.runner.executable_cache import ExecutableCache, make_directory
 from jaxserve.runner.executables import burst_keys, propose_keys, sample_keys
+from jaxserve.runner.jax_cache import jax_cache_in
 from jaxserve.runner.memory import EXPLICIT, MemoryPlan, check_fits, plan_blocks
 from jaxserve.runner.runner import Runner
 from jaxserve.scheduler.adaptive import AdaptiveDrafts
@@ -80,19 +80,26 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
         CheckpointError: the model can't be read.
         ConfigError: a setting doesn't fit the model or the machine.
     """
+    if config.compilation_cache_dir is not None:
+        make_directory(config.compilation_cache_dir)
+    with jax_cache_in(config.compilation_cache_dir):
+        return _build(config, progress)
+
+
+def _build(config: EngineConfig, progress: bool | None) -> Engine:
     began = time.perf_counter()
-    _share_of_memory(config)
+    share = ask_for_memory(config)
     checkpoint = open_checkpoint(config.model, config.load_format)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(checkpoint, config.tokenizer)
     eos = checkpoint.eos_token_ids if tokenizer is None else eos_token_ids(checkpoint, tokenizer)
-    if config.compilation_cache_dir is not None:
-        make_directory(config.compilation_cache_dir)
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     platform = _platform()
-    config = without_hopeless_drafts(_resolve(config, checkpoint.config, platform), platform)
+    if platform == "gpu":
+        tell_share(config, share)
+    config = _resolve(config, checkpoint.config, platform)
+    draft_checkpoint = open_drafter(config, checkpoint.config, _known(config.max_model_len), tokenizer)
+    config = without_hopeless_drafts(config, platform)
     mesh = _mesh(config.tensor_parallel_size)
     model, attention, selection = design(config, checkpoint.config, _known(config.block_size), mesh)
-    draft_checkpoint = open_drafter(config, checkpoint.config, _known(config.max_model_len), tokenizer)
     shardings = named_shardings(model.param_axes, mesh)
     abstract = abstract_params(model, shardings, config.quantization)
     _check_room(config, attention, bytes_on_a_device(abstract))
@@ -157,22 +164,12 @@ def _tell_choice(selection: Selection, requested: str, platform: str) -> None:
     logger.log(logging.WARNING if fell_back else logging.INFO, selection.explanation)
 
 
-def _share_of_memory(config: EngineConfig) -> None:
-    """JAX preallocates 75% of a GPU unless it is told otherwise; this must be said before its backend exists."""
-    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", f"{config.gpu_memory_utilization:.3f}")
-
-
 def _platform() -> str:
     platform = jax.default_backend()
     if platform not in _DEFAULTS:
         raise ConfigError(f"JAX runs on {platform!r}; allowed: {', '.join(_DEFAULTS)}")
     if platform == "cpu" and shutil.which("nvidia-smi"):
-        # Not by the logger, which shows nothing unless the program asks for it.
-        warnings.warn(
-            "an NVIDIA GPU is here, but JAX is CPU-only; pip install 'jaxserve-llm[cuda13]' to use it",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        logger.warning("an NVIDIA GPU is here, but JAX is CPU-only; pip install 'jaxserve-llm[cuda13]' to use it")
     return platform
 
 

@@ -1,4 +1,4 @@
-"""JAX's own persistent compilation cache, kept apart from ours.
+"""JAX's own persistent compilation cache: where it is while an engine starts, and kept apart from ours.
 
 An executable that was read from it can't be written again: XLA:CPU loses some of its functions on the way, and says so
 only when it runs. So while our executables are compiled JAX keeps none of them, and one that it has all the same (from
@@ -7,15 +7,37 @@ a user's own cache) is used but not written.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 import jax.monitoring
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 _HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _SETTING = "jax_persistent_cache_min_compile_time_secs"
+
+
+@contextlib.contextmanager
+def jax_cache_in(directory: str | None) -> Iterator[None]:
+    """JAX keeps what it compiles meanwhile in ``directory``; None: wherever the user has it do so, if anywhere."""
+    if directory is None:
+        yield
+        return
+    before = jax.config.jax_compilation_cache_dir
+    _move_jax_cache(directory)
+    try:
+        yield
+    finally:
+        _move_jax_cache(before)
+
+
+def _move_jax_cache(directory: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    reset_cache()  # JAX opens it once, and would stay with that one
 
 
 class ApartFromJaxCache:

@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from jaxserve.errors import ConfigError
@@ -34,8 +35,8 @@ class AdaptiveDrafts:
     Attributes:
         token_cost: what one more draft in the longest row adds to a step beside the step's width, as a share of the
             step without drafts: sampling at one more position, a pass of the draft model.
-        step_costs: (tokens, cost) of every step size that the engine has, ascending in both; in any unit. Empty: a
-            step's width costs nothing.
+        step_costs: (tokens, cost) of every step size that the engine has, by tokens; in any unit. A smaller size may
+            cost more than a larger one, whose layers are fused. Empty: a step's width costs nothing.
         compute_bound_tokens: decode and verify tokens of a step from which more tokens cost as much as they bring.
         window: verify steps over which acceptance is measured.
         probe_window: the same after a pause.
@@ -54,9 +55,11 @@ class AdaptiveDrafts:
     def __post_init__(self) -> None:
         if not self.token_cost >= 0.0:
             raise ConfigError(f"token_cost is {self.token_cost!r}; allowed: a number of at least 0")
-        costs = ((0, 0.0), *self.step_costs)
-        if not all(a < b and x <= y and y > 0.0 for (a, x), (b, y) in zip(costs, costs[1:], strict=False)):
-            raise ConfigError(f"step_costs is {self.step_costs!r}; allowed: (tokens, cost) pairs above 0, ascending")
+        sizes = (0, *(tokens for tokens, _ in self.step_costs))
+        if not all(a < b for a, b in pairwise(sizes)) or not all(cost > 0.0 for _, cost in self.step_costs):
+            raise ConfigError(
+                f"step_costs is {self.step_costs!r}; allowed: (tokens, cost) pairs above 0, ascending in tokens"
+            )
         if not 1 <= self.probe_window <= self.window:
             raise ConfigError(f"probe_window is {self.probe_window!r}; allowed: 1..window ({self.window})")
         if not 1 <= self.first_pause <= self.max_pause:

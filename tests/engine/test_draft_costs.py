@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 from speculation_cases import SMALL
+from tiny_engines import Tiny
 
 from jaxserve import SamplingParams
 from jaxserve.config import EngineConfig, SpeculativeConfig
 from jaxserve.engine.draft_costs import adaptive_rule, step_cost, without_hopeless_drafts
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.runner.buckets import row_buckets, token_buckets
 from jaxserve.scheduler.adaptive import Wish, choose_draft_len, verify_costs
 
@@ -60,6 +61,16 @@ def test_leaving_the_sizes_whose_layers_are_fused_costs_more():
     assert 0 < needed[0] < needed[1] < 50
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 8, 17, 256])
+def test_every_engine_on_a_gpu_has_a_rule(max_num_seqs):
+    """Whatever its sizes: 12 tokens, whose layers aren't fused, cost more than 24."""
+    rows = row_buckets(max_num_seqs, "gpu")
+    for max_num_batched_tokens in (max_num_seqs, 96, 160, 1536, 6144, 8192, 12288):
+        sizes = [tokens for tokens, _ in token_buckets(max(max_num_batched_tokens, max_num_seqs), rows, "gpu")]
+        rule = adaptive_rule(CONFIG, "gpu", {tokens: tokens in (8, 16, 24, 32) for tokens in sizes}, None)
+        assert [tokens for tokens, _ in rule.step_costs] == sorted(sizes)
+
+
 def test_what_a_draft_costs():
     assert adaptive_rule(EngineConfig(model="m"), "gpu", {8: True}, None) is None
     assert (
@@ -99,6 +110,11 @@ def test_a_copy_that_cannot_pay_is_left_out_with_a_warning(caplog):
             config = dataclasses.replace(CONFIG, speculative_config=drafts)
             assert without_hopeless_drafts(config, platform) is config
     assert not caplog.records
+
+
+def test_a_copy_in_the_models_own_format_is_refused_all_the_same(byte_tokenizer_path):
+    with pytest.raises(ConfigError, match="'int8', and so is the model's"):
+        Tiny("llama", byte_tokenizer_path, **SMALL, quantization="int8", speculative_config=TWIN)
 
 
 def test_the_engine_is_one_without_speculation_then(tiny):

@@ -149,7 +149,7 @@ def test_compute_bound_cap():
     [
         {"token_cost": -0.1},
         {"step_costs": ((8, 1.0), (8, 2.0))},
-        {"step_costs": ((1, 2.0), (8, 1.0))},
+        {"step_costs": ((8, 1.0), (1, 2.0))},
         {"step_costs": ((1, 0.0),)},
         {"probe_window": 0},
         {"first_pause": 0},
