@@ -71,9 +71,9 @@ class Model:
     ) -> tuple[jax.Array, tuple[KVPool, ...]]:
         """Runs embedding and layers; returns hidden states [T, E] before the final norm, and the written pools.
 
-        ``attend(layer, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D], pool) -> (out [T, Hq, D], pool)`` writes k and v, then
-        attends with the scale and window of ``config.layers[layer]``; q and k come with rope applied. ``params`` may
-        be the whole tree or ``trunk_params`` of it.
+        ``attend`` (``layers.Attend``) gets a layer's qkv as it was projected: it applies qk-norm and rope, writes k and
+        v, then attends with the scale and window of ``config.layers[layer]``. ``params`` may be the whole tree or
+        ``trunk_params`` of it.
         """
         trunk = self.trunk_params(params)
         module = nnx.merge(self.trunk, {**trunk, "layers": dict(enumerate(trunk["layers"]))})
