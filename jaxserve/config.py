@@ -102,32 +102,39 @@ class SpeculativeConfig:
 
     Attributes:
         method: "ngram" looks drafts up in the choice's own prompt and output, on the device; "draft_model" asks a
-            second model.
+            second model. None: "draft_model" where a model or a quantization is given, else "ngram".
         num_speculative_tokens: K, the longest draft.
         model: the draft model's checkpoint, of the target's tokenizer; None drafts with a copy of the target, which
             then needs a quantization.
         quantization: of the draft model's weights, as in EngineConfig.
-        prompt_lookup_min: shortest suffix that must have occurred before, in tokens.
-        prompt_lookup_max: longest suffix that is tried, first.
+        prompt_lookup_min: of "ngram" only, shortest suffix that must have occurred before, in tokens. None: equal to
+            prompt_lookup_max, or 2 where that is None too.
+        prompt_lookup_max: of "ngram" only, longest suffix that is tried, first. None: equal to prompt_lookup_min, or 3.
         adaptive: drafts get shorter, and stop, where they don't pay (``jaxserve.scheduler.adaptive``).
     """
 
-    method: Literal["ngram", "draft_model"] = "ngram"
+    method: Literal["ngram", "draft_model"] | None = None
     num_speculative_tokens: int = 4
     model: str | None = None
     quantization: Quantization | None = None
-    prompt_lookup_min: int = 2
-    prompt_lookup_max: int = 3
+    prompt_lookup_min: int = None  # type: ignore[assignment]  # with "ngram" resolved below
+    prompt_lookup_max: int = None  # type: ignore[assignment]
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        if self.method not in ("ngram", "draft_model"):
-            raise ConfigError(f"method is {self.method!r}; allowed: 'ngram', 'draft_model'")
+        put = object.__setattr__
         _check_quantization(self.quantization)
-        given = [name for name in ("model", "quantization") if getattr(self, name) is not None]
-        if self.method == "ngram" and given:
-            value = getattr(self, given[0])
-            raise ConfigError(f"{given[0]} is {value!r} with method 'ngram'; allowed: None, or method 'draft_model'")
+        drafter, lookup = ("model", "quantization"), ("prompt_lookup_min", "prompt_lookup_max")
+        given = {name for name in drafter + lookup if getattr(self, name) is not None}
+        if self.method is None:
+            put(self, "method", "draft_model" if given.intersection(drafter) else "ngram")
+        if self.method not in ("ngram", "draft_model"):
+            raise ConfigError(f"method is {self.method!r}; allowed: 'ngram', 'draft_model', or None")
+        for name in lookup if self.method == "draft_model" else drafter:
+            if name in given:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r} with method {self.method!r}; allowed: None, or the other method"
+                )
         if self.method == "draft_model" and not given:
             raise ConfigError(
                 "model is None, and so is quantization, with method 'draft_model'; allowed: a model (a checkpoint), a "
@@ -136,8 +143,13 @@ class SpeculativeConfig:
         _path(self, "model", optional=True)
         _boolean(self, "adaptive")
         _integer(self, "num_speculative_tokens", 1)
-        _integer(self, "prompt_lookup_min", 1)
-        _integer(self, "prompt_lookup_max", self.prompt_lookup_min)
+        if self.method == "ngram":
+            for name in [name for name in lookup if name in given]:
+                _integer(self, name, 1)
+            low, high = (self.prompt_lookup_min, self.prompt_lookup_max) if given else (2, 3)
+            put(self, "prompt_lookup_min", low or high)
+            put(self, "prompt_lookup_max", high or low)
+            _integer(self, "prompt_lookup_max", self.prompt_lookup_min)
 
 
 @dataclass(frozen=True, kw_only=True)

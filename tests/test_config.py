@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,14 @@ DUMMY = str(Path(__file__).parent / "engine" / "tiny_dummy.toml")
         ({"speculative_config": {"adaptive": "x"}}, r"^speculative_config\.adaptive is 'x'; allowed: True, False"),
         ({"speculative_config": {"method": "draft_model", "model": 3}}, r"^speculative_config\.model is 3"),
         ({"speculative_config": {"method": "magic"}}, r"^speculative_config\.method is 'magic'"),
+        ({"speculative_config": {"prompt_lookup_max": 0}}, r"\.prompt_lookup_max is 0; allowed: .* at least 1"),
+        ({"speculative_config": {"prompt_lookup_min": "x"}}, r"\.prompt_lookup_min is 'x'"),
+        ({"speculative_config": {"prompt_lookup_min": 4, "prompt_lookup_max": 3}}, "max is 3; allowed: .* at least 4"),
+        (
+            {"speculative_config": {"model": "x", "prompt_lookup_max": 3}},
+            "max is 3 with method 'draft_model'; allowed: None",
+        ),
+        ({"speculative_config": {"method": "ngram", "model": "x"}}, "model is 'x' with method 'ngram'; allowed: None"),
         ({"repetition_detection": {"min_count": 1}}, r"^repetition_detection\.min_count is 1"),
         ({"repetition_detection": RepetitionDetection(min_count=1)}, r"^repetition_detection\.min_count is 1"),
         ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization is '0.9'"),
@@ -65,6 +73,24 @@ def test_configs_inside_may_be_dicts_of_their_fields():
     config = EngineConfig(model="m", limits={"max_logprobs": 5}, speculative_config={"prompt_lookup_max": 4})
     assert config.limits == Limits(max_logprobs=5)
     assert config.speculative_config == SpeculativeConfig(prompt_lookup_max=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "lookup"),
+    [
+        ({}, "ngram", (2, 3)),
+        ({"prompt_lookup_min": 4}, "ngram", (4, 4)),
+        ({"prompt_lookup_max": 1}, "ngram", (1, 1)),
+        ({"prompt_lookup_min": 1, "prompt_lookup_max": None}, "ngram", (1, 1)),
+        ({"prompt_lookup_min": 1, "prompt_lookup_max": 5}, "ngram", (1, 5)),
+        ({"model": "x"}, "draft_model", (None, None)),
+        ({"quantization": "int8"}, "draft_model", (None, None)),
+    ],
+)
+def test_what_speculation_leaves_open_follows_from_what_it_says(settings, method, lookup):
+    config = SpeculativeConfig(**settings)
+    assert (config.method, config.prompt_lookup_min, config.prompt_lookup_max) == (method, *lookup)
+    assert replace(config, num_speculative_tokens=4) == config
 
 
 def test_paths_become_strings_and_numpys_integers_pythons(tmp_path):

@@ -45,7 +45,7 @@ CASES = {  # name: settings; temperatures are low enough for the sampled text to
 
 def speculative(K: int, **more: Any) -> SpeculativeConfig:
     """n-gram drafts after a single token: as many as possible, most of them wrong."""
-    return SpeculativeConfig(num_speculative_tokens=K, prompt_lookup_min=1, **more)
+    return SpeculativeConfig(num_speculative_tokens=K, prompt_lookup_min=1, prompt_lookup_max=3, **more)
 
 
 def prompts(seed: int = 0, count: int = len(CASES)) -> list[list[int]]:

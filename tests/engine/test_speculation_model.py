@@ -214,7 +214,7 @@ REFUSED = {
     ),
     "ngram, quantised": ({"method": "ngram", "quantization": "int8"}, "quantization is 'int8' with method 'ngram'"),
     "unknown quantization": ({"method": "draft_model", "quantization": "int3"}, "'int3'; allowed: int8, int4, fp8"),
-    "unknown method": ({"method": "eagle"}, "'ngram', 'draft_model'"),
+    "unknown method": ({"method": "eagle"}, "'ngram', 'draft_model', or None"),
     "another vocabulary": ({"method": "draft_model", "model": "tiny_dummy.toml"}, "261 token ids; allowed: the"),
 }
 

@@ -28,7 +28,7 @@ SMALL = {
     "max_model_len": CONTEXT,
     "block_size": BLOCK,
     "max_num_batched_tokens": 40,
-    "speculative_config": SpeculativeConfig(num_speculative_tokens=K, prompt_lookup_min=1),
+    "speculative_config": SpeculativeConfig(num_speculative_tokens=K, prompt_lookup_min=1, prompt_lookup_max=3),
     "repetition": "off",
     "repetition_detection": {"max_pattern_size": 7},
     "limits": Limits(max_stop_token_ids=8, max_logit_bias=4, max_bad_words=4, max_bad_word_len=3, max_logprobs=3),
