@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 # name -> the values that ask for nothing
 LLM_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "allowed_local_media_path": ("",),
@@ -141,5 +143,8 @@ def accept_neutral[T](neutral: Mapping[str, tuple[Any, ...]], error: type[ValueE
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal, without taking True for 1 or [] for None."""
-    return value is neutral or (isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral))
+    """Equal, without taking True for 1 or [] for None. What compares element by element, as arrays do, isn't."""
+    if value is neutral or isinstance(value, bool) != isinstance(neutral, bool):
+        return value is neutral
+    equal = value == neutral
+    return isinstance(equal, (bool, np.bool_)) and bool(equal)

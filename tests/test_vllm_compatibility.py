@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes import fake_engine
 
@@ -158,6 +159,14 @@ def test_generate_refuses_other_names(llm, name):
 def test_neutral_means_the_same_kind_of_value(name, value):
     with pytest.raises(ConfigError, match=name):
         engine_config("m", {name: value})
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), np.array([])])
+def test_arrays_ask_for_something(value):
+    with pytest.raises(ConfigError, match="hf_overrides is array"):
+        engine_config("m", {"hf_overrides": value})
+    with pytest.raises(InvalidRequestError, match="extra_args is array"):
+        SamplingParams(extra_args=value)
 
 
 def test_none_means_the_default():

@@ -90,6 +90,8 @@ class AsyncEngine:
         """
         if output_kind not in ("cumulative", "delta", "final"):
             raise InvalidRequestError(f"output_kind is {output_kind!r}; allowed: cumulative, delta, final")
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise InvalidRequestError(f"request_id is {request_id!r}; allowed: a string that isn't empty, or None")
         self.engine.core.check_health()
         # a long prompt takes milliseconds to tokenise: not on the loop that serves the others
         checked = await asyncio.to_thread(self._builder.check, parse_prompt(prompt), sampling_params, priority)

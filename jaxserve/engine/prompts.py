@@ -90,7 +90,9 @@ def _token_ids(ids: Any) -> tuple[int, ...]:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0  # an array of no dimension has no length
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _is_int(value: Any) -> bool:

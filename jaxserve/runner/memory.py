@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
-from jaxserve.errors import KVCacheTooSmallError
+from jaxserve.errors import ConfigError, KVCacheTooSmallError
 
 CPU_KV_BYTES = 1 << 30
 EXPLICIT = ("num_gpu_blocks_override", "kv_cache_memory_bytes")
 SHARE = "gpu_memory_utilization"
+MAX_BLOCKS = 2**31 - 1  # ids are int32, and the one behind the last block stands for none
 GRAPH_RESERVE_BYTES = 512 << 20  # recorded graphs, library workspaces and results in flight
 
 
@@ -92,11 +94,18 @@ def plan_blocks(
 
 
 def check_fits(plan: MemoryPlan, *, max_model_len: int, block_size: int) -> None:
-    """One request of ``max_model_len`` tokens must fit.
+    """One request of ``max_model_len`` tokens must fit, and what was asked for must fit in the memory.
 
     Raises:
         KVCacheTooSmallError: says the largest ``max_model_len`` that would fit, and what would make room.
+        ConfigError: an explicit size takes more than there is.
     """
+    most = min(MAX_BLOCKS, max(0, _room(plan)) // plan.block)
+    if plan.source in EXPLICIT and plan.num_blocks > most:
+        raise ConfigError(
+            f"{plan.source} gives {plan.num_blocks} KV blocks, {readable(plan.num_blocks * plan.block)}; allowed: at "
+            f"most {most} blocks, {readable(most * plan.block)}"
+        )
     needed = -(-max_model_len // block_size)
     if plan.num_blocks >= needed:
         return
@@ -109,3 +118,10 @@ def check_fits(plan: MemoryPlan, *, max_model_len: int, block_size: int) -> None
         f"max_model_len {max_model_len} needs {needed} KV blocks of {block_size} tokens "
         f"({readable(needed * plan.block)}), but {plan.source} gives {max(plan.num_blocks, 0)}; {advice}"
     )
+
+
+def _room(plan: MemoryPlan) -> int:
+    """Bytes that blocks can't pass. A CPU, which states no limit, has the host's memory."""
+    if plan.limit is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return plan.limit - plan.params - plan.state - plan.temp

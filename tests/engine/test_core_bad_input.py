@@ -138,6 +138,7 @@ def test_a_refused_kernel_is_told_once(caplog, platform, requested, level):
         ({"watchdog_seconds": 0}, "watchdog_seconds is 0; allowed"),
         ({"max_seconds": -1.0}, "max_seconds is -1.0; allowed"),
         ({"quantization": "awq"}, "quantization"),
+        ({"kv_cache_memory_bytes": 10**15}, "kv_cache_memory_bytes gives .*; allowed: at most"),
     ],
 )
 def test_bad_settings(nothing_loads, model, settings, message):
@@ -147,9 +148,9 @@ def test_bad_settings(nothing_loads, model, settings, message):
 @pytest.mark.parametrize(
     "settings, fits",
     [
-        ({"num_gpu_blocks_override": 23}, 92),
-        ({"num_gpu_blocks_override": 1}, 4),
-        ({"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 20_000}, 32),  # of 2304 bytes a block
+        ({"num_gpu_blocks_override": 23, "kv_cache_memory_bytes": None}, 92),
+        ({"num_gpu_blocks_override": 1, "kv_cache_memory_bytes": None}, 4),
+        ({"kv_cache_memory_bytes": 20_000}, 32),  # of 2304 bytes a block
     ],
 )
 def test_a_pool_too_small_says_the_largest_context_that_fits(nothing_loads, model, settings, fits):

@@ -140,6 +140,15 @@ def test_leaving_the_iteration_aborts():
     run(body, core, max_model_len=4096)
 
 
+@pytest.mark.parametrize("request_id", [[1], 1, "", b"x"])
+def test_a_request_id_is_a_string(request_id):
+    async def body(engine):
+        with pytest.raises(InvalidRequestError, match="request_id is .*; allowed: a string that isn't empty, or None"):
+            await collect(engine, "x", request_id=request_id)
+
+    run(body)
+
+
 def test_a_request_id_in_use_is_refused_and_free_afterwards():
     core = FakeCore()
     core.gate.clear()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxserve.errors import KVCacheTooSmallError
+from jaxserve.errors import ConfigError, KVCacheTooSmallError
 from jaxserve.runner.executables import BurstKey, Executables, without_large_bursts
 from jaxserve.runner.memory import GRAPH_RESERVE_BYTES, check_fits, plan_blocks
 from jaxserve.sampling.tier import Tier
@@ -32,6 +32,28 @@ def test_advice_names_the_setting_that_decided(settings, advice):
     )
     with pytest.raises(KVCacheTooSmallError, match=advice):
         check_fits(plan, max_model_len=100_000, block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        (
+            {"override": 10**9},
+            r"num_gpu_blocks_override gives 1000000000 KV blocks, 976562\.50 GiB; allowed: at most \d+",
+        ),
+        ({"kv_bytes": 10**15}, "kv_cache_memory_bytes gives 953674316 KV blocks"),
+        ({"override": 3 * 2**30, "block": 1}, "at most 2147483647 blocks, 2.00 GiB$"),
+        ({"override": 1022, "limit": 2 * GIB, "params": GIB, "state": 3 << 20}, "at most 1021 blocks, 1021 MiB$"),
+        ({"override": 1, "limit": GIB, "params": 2 * GIB}, "at most 0 blocks, 0 B$"),
+    ],
+)
+def test_more_than_the_memory_is_refused(settings, most):
+    plan = plan_blocks(
+        **{"limit": None, "params": 0, "state": 0, "temp": 0, "block": 1 << 20, "override": None, "kv_bytes": None}
+        | settings
+    )
+    with pytest.raises(ConfigError, match=most):
+        check_fits(plan, max_model_len=16, block_size=16)
 
 
 def test_room_for_temporaries_is_what_was_measured_and_a_part_of_the_reserve():
