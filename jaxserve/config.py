@@ -263,6 +263,16 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _integer(self, name, low)
         _integer(self, "seed", -MAX_SEED - 1, MAX_SEED)
+        if self.num_gpu_blocks_override is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                f"num_gpu_blocks_override is {self.num_gpu_blocks_override} with kv_cache_memory_bytes "
+                f"{self.kv_cache_memory_bytes}; allowed: one of them"
+            )
+        if self.max_output_tokens is not None and (self.default_max_tokens or 0) > self.max_output_tokens:
+            raise ConfigError(
+                f"default_max_tokens is {self.default_max_tokens}; allowed: 1..{self.max_output_tokens} "
+                "(max_output_tokens), or None"
+            )
         if not self.run_ahead and (self.steps_per_dispatch or 1) > 1:
             raise ConfigError(
                 f"steps_per_dispatch is {self.steps_per_dispatch} with run_ahead 0; allowed: 1, or a run_ahead above 0"

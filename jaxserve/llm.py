@@ -39,11 +39,15 @@ def engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
     Raises:
         ConfigError: an argument is unknown, out of range, or one of vLLM's that can't be honoured.
     """
-    settings = drop_neutral(settings, LLM_NEUTRAL, ConfigError)
+    own = drop_neutral(settings, LLM_NEUTRAL, ConfigError)
     not_none = {f.name for f in fields(EngineConfig) if f.default is not None}
-    return EngineConfig.from_dict(
-        {"model": model} | {k: v for k, v in settings.items() if v is not None or k not in not_none}
+    config = EngineConfig.from_dict(
+        {"model": model} | {k: v for k, v in own.items() if v is not None or k not in not_none}
     )
+    cap = config.limits.max_logprobs
+    if (most := settings.get("max_logprobs", cap)) != cap:
+        raise ConfigError(f"max_logprobs is {most!r} with limits.max_logprobs {cap}; allowed: the limit alone")
+    return config
 
 
 class LLM:

@@ -40,6 +40,14 @@ DUMMY = str(Path(__file__).parent / "engine" / "tiny_dummy.toml")
         ({"speculative_config": {"method": "ngram", "model": "x"}}, "model is 'x' with method 'ngram'; allowed: None"),
         ({"repetition_detection": {"min_count": 1}}, r"^repetition_detection\.min_count is 1"),
         ({"repetition_detection": RepetitionDetection(min_count=1)}, r"^repetition_detection\.min_count is 1"),
+        (
+            {"num_gpu_blocks_override": 9, "kv_cache_memory_bytes": 9},
+            "num_gpu_blocks_override is 9 with kv_cache_memory",
+        ),
+        (
+            {"default_max_tokens": 9, "max_output_tokens": 8},
+            r"default_max_tokens is 9; allowed: 1\.\.8 \(max_output_tok",
+        ),
         ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization is '0.9'"),
         ({"gpu_memory_utilization": None}, "gpu_memory_utilization is None"),
         ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True"),

@@ -169,6 +169,12 @@ def test_arrays_ask_for_something(value):
         SamplingParams(extra_args=value)
 
 
+def test_max_logprobs_doesnt_contradict_the_limits():
+    assert engine_config("m", {"max_logprobs": 20, "limits": {"max_bad_words": 5}}).limits.max_logprobs == 20
+    with pytest.raises(ConfigError, match=r"max_logprobs is 20 with limits\.max_logprobs 5; allowed: the limit alone"):
+        engine_config("m", {"max_logprobs": 20, "limits": {"max_logprobs": 5}})
+
+
 def test_none_means_the_default():
     config = engine_config("m", {"seed": None, "max_model_len": None, "enable_prefix_caching": None, "swap_space": 4.0})
     assert config == EngineConfig(model="m")

@@ -66,6 +66,12 @@ def render_chat(
     Raises:
         InvalidRequestError: the messages are malformed, there is no template, or the template refuses them.
     """
+    for name, value in (
+        ("add_generation_prompt", add_generation_prompt),
+        ("continue_final_message", continue_final_message),
+    ):
+        if not isinstance(value, bool):
+            raise InvalidRequestError(f"{name} is {value!r}; allowed: True, False")
     if add_generation_prompt and continue_final_message:
         raise InvalidRequestError(
             "add_generation_prompt and continue_final_message are both True; "

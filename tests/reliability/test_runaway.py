@@ -36,7 +36,7 @@ def test_an_answer_without_a_limit_has_the_engines(engine, cases, monkeypatch):
         assert ids(llm, cases, GREEDY.with_changes(max_tokens=12)) == [case.answer[:12] for case in cases]
         with pytest.raises(InvalidRequestError, match=r"max_tokens is 13; allowed: 1\.\.12 .*max_output_tokens"):
             ids(llm, cases, GREEDY.with_changes(max_tokens=13))
-        monkeypatch.setattr(llm, "_builder", builder_with(llm, default_max_tokens=9, max_output_tokens=7))
+        monkeypatch.setattr(llm, "_builder", builder_with(llm, max_output_tokens=7))
         assert ids(llm, cases, no_limit) == [case.answer[:7] for case in cases]
 
 

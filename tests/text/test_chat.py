@@ -64,6 +64,8 @@ def test_parts_of_text_are_joined():
         ([{"role": "user", "content": 3}], {}, "content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], {}, "image_url"),
         ([USER], {"continue_final_message": True}, "add_generation_prompt=False"),
+        ([USER], {"add_generation_prompt": "no"}, "add_generation_prompt is 'no'; allowed: True, False"),
+        ([USER], {"continue_final_message": 1}, "continue_final_message is 1; allowed: True, False"),
         ([USER], {"chat_template_kwargs": {"tokenize": True}}, "tokenize"),
         ([USER], {"chat_template": "{{ raise_exception('roles must alternate') }}"}, "roles must alternate"),
         ([USER], {"chat_template": "{% if %}"}, "chat template"),
