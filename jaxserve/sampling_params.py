@@ -145,8 +145,8 @@ class SamplingParams:
         _integer(self, "max_tokens", 1, 2**31 - 1, optional=True)
         _integer(self, "min_tokens", 0, 2**31 - 1)
         _number(self, "max_seconds", 0.0, 1e9, low_open=True, optional=True)
-        _integer(self, "logprobs", 0, 2**31 - 1, optional=True)
-        _integer(self, "prompt_logprobs", 0, 2**31 - 1, optional=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            _integer(self, name, 0, 2**31 - 1, optional=True, span="0..max_logprobs (of the engine's limits)")
         _integer(self, "priority", *PRIORITIES)
         _integer(self, "num_speculative_tokens", 0, 1024, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -205,14 +205,15 @@ def is_integer(value: Any) -> bool:
     return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
 
 
-def checked_integer(name: str, value: Any, low: int, high: int, also: str = "") -> int:
+def checked_integer(name: str, value: Any, low: int, high: int, also: str = "", span: str = "") -> int:
     """A caller's value as Python's int.
 
     Raises:
-        InvalidRequestError: it isn't an integer in ``low..high``; ``also`` says what else would do.
+        InvalidRequestError: it isn't an integer in ``low..high``; ``also`` says what else would do, ``span`` what to
+            call the range, where admission has a narrower one.
     """
     if not is_integer(value) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} is {value!r}; allowed: an integer in {low}..{high}{also}")
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: an integer in {span or f'{low}..{high}'}{also}")
     return int(value)
 
 
@@ -260,7 +261,7 @@ def _number(owner: Any, name: str, low: float, high: float, *, low_open: bool = 
         object.__setattr__(owner, name, float(value))
 
 
-def _integer(owner: Any, name: str, low: int, high: int, *, optional: bool = False) -> None:
+def _integer(owner: Any, name: str, low: int, high: int, *, optional: bool = False, span: str = "") -> None:
     value = getattr(owner, name)
     if value is not None or not optional:
-        object.__setattr__(owner, name, checked_integer(name, value, low, high, " or None" if optional else ""))
+        object.__setattr__(owner, name, checked_integer(name, value, low, high, " or None" if optional else "", span))

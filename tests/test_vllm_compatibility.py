@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fakes import fake_engine
 
-from jaxserve import LLM, ConfigError, EngineConfig, InvalidRequestError, SamplingParams
+from jaxserve import LLM, ConfigError, EngineConfig, InvalidRequestError, Limits, SamplingParams
 from jaxserve.llm import engine_config
 from jaxserve.vllm_arguments import CHAT_NEUTRAL, GENERATE_NEUTRAL, LLM_NEUTRAL, SAMPLING_NEUTRAL
 
@@ -173,6 +173,10 @@ def test_max_logprobs_doesnt_contradict_the_limits():
     assert engine_config("m", {"max_logprobs": 20, "limits": {"max_bad_words": 5}}).limits.max_logprobs == 20
     with pytest.raises(ConfigError, match=r"max_logprobs is 20 with limits\.max_logprobs 5; allowed: the limit alone"):
         engine_config("m", {"max_logprobs": 20, "limits": {"max_logprobs": 5}})
+
+
+def test_every_limit_is_on_the_page():
+    assert [f.name for f in fields(Limits) if f"`limits.{f.name}`" not in PAGE] == []
 
 
 def test_none_means_the_default():

@@ -144,6 +144,12 @@ def test_what_depends_on_the_engine_is_checked(prompt, settings, named):
         ({"logit_bias": {True: 3}}, "logit_bias has key True"),
         ({"logit_bias": {"1_0": 3}}, "logit_bias has key '1_0'"),
         ({"logit_bias": {-1: 3}}, "logit_bias has -1"),
+        ({"logit_bias": {1: 100.5}}, r"logit_bias has 1: 100\.5; allowed: token ids, biases in -100\.\.100"),
+        (
+            {"logprobs": -1},
+            r"^logprobs is -1; allowed: an integer in 0\.\.max_logprobs \(of the engine's limits\) or None$",
+        ),
+        ({"prompt_logprobs": -1}, r"^prompt_logprobs is -1; allowed: an integer in 0\.\.max_logprobs"),
         ({"repetition_detection": "x"}, "repetition_detection is 'x'; allowed: a RepetitionDetection"),
         ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
         ({"repetition_detection": {"size": 3}}, "'size'"),
@@ -246,8 +252,9 @@ def test_choices_share_the_request_and_differ_in_index_and_id():
     request = b.admit(b.check(ParsedPrompt("hi", None, "salt"), SamplingParams(n=3, seed=5)), "mine")
     assert [c.index for c in request.choices] == [0, 1, 2]
     assert len({c.choice_id for c in request.choices}) == 3
-    assert {(c.request_id, c.seed, c.cache_salt, c.eos_token_ids) for c in request.choices} == {
-        ("mine", 5, "salt", (EOS,))
+    first = request.choices[0].choice_id
+    assert {(c.group_id, c.seed, c.cache_salt, c.eos_token_ids) for c in request.choices} == {
+        (first, 5, "salt", (EOS,))
     }
     assert all(c.prompt_token_ids == (104, 105) for c in request.choices)
 
