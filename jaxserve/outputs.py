@@ -58,7 +58,7 @@ class RequestMetrics:
     num_generation_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache held
     num_drafted_tokens: int = 0
-    num_accepted_tokens: int = 0
+    num_accepted_tokens: int = 0  # of the drafts, also those behind a token that ended the output
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -62,7 +62,6 @@ class Bench:
             self.scheduler.add(
                 Choice(
                     choice_id=choice_id,
-                    request_id=str(choice_id),
                     prompt_token_ids=prompt,
                     params=params,
                     eos_token_ids=(VOCAB_SIZE + 1,),

@@ -81,9 +81,7 @@ class Loop:
         first = max(self.scheduler.choices, default=0) + 1 + rng.randrange(1 << 40)
         for number in range(batch):
             ids = [rng.randrange(10_000) for _ in range(prompt_len)]
-            self.scheduler.add(
-                Choice(choice_id=first + number, request_id=str(first + number), prompt_token_ids=ids, params=settings)
-            )
+            self.scheduler.add(Choice(choice_id=first + number, prompt_token_ids=ids, params=settings))
         while any(not choice.output_token_ids for choice in self.scheduler.choices.values()):
             self.step()
 
@@ -209,9 +207,7 @@ def profile_mixed(loop: Loop, num_requests: int, rng: random.Random, args: argpa
             settings = SamplingParams(
                 max_tokens=lengths.randint(100, 1024), temperature=args.temperature, ignore_eos=True, detokenize=False
             )
-            loop.scheduler.add(
-                Choice(choice_id=first + number, request_id=str(first + number), prompt_token_ids=ids, params=settings)
-            )
+            loop.scheduler.add(Choice(choice_id=first + number, prompt_token_ids=ids, params=settings))
 
     loop.seconds = {phase: [] for phase in PHASES}
     walls: dict[str, list[float]] = collections.defaultdict(list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -307,6 +308,7 @@ def fake_engine(
         sampling_defaults=sampling_defaults or {},
         max_model_len=max_model_len,
         limits=limits,
+        seeds=random.Random(settings.get("seed", 0)),
         info={"attention": "fake", "device": "none", "memory": {"blocks": 3}},
         config=EngineConfig(model="fake", max_model_len=max_model_len, limits=limits, **settings),
     )

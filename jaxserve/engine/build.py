@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import random
 import shutil
 import time
 from collections.abc import Mapping
@@ -59,7 +60,8 @@ _STEPS_PER_DISPATCH = {"gpu": 4}  # by platform; elsewhere 1
 class Engine:
     """A running engine and what its fronts need to know of it.
 
-    ``config`` has every ``None`` resolved that the model or the machine decides; ``info`` is for people.
+    ``config`` has every ``None`` resolved that the model or the machine decides; ``info`` is for people. ``seeds``
+    draws those of requests that have none, for all fronts, so that no two of them say the same.
     """
 
     core: EngineCore
@@ -70,6 +72,7 @@ class Engine:
     sampling_defaults: Mapping[str, Any]
     max_model_len: int
     limits: Limits
+    seeds: random.Random
     info: dict[str, Any]
 
 
@@ -151,6 +154,7 @@ def _build(config: EngineConfig, progress: bool | None) -> Engine:
         sampling_defaults=checkpoint.sampling_defaults,
         max_model_len=_known(config.max_model_len),
         limits=config.limits,
+        seeds=random.Random(config.seed),
         info=describe(config, checkpoint, eos, mesh, model, selection, memory, executables, sampler, seconds),
     )
     _tell_choice(selection, config.attention_implementation, platform)
@@ -208,7 +212,8 @@ def _mesh(size: int) -> Mesh:
 
 def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> RunnerConfig:
     """Everything but the number of blocks, which is that of a trial here."""
-    slots, tokens = num_slots(_known(config.max_num_seqs), platform), _known(config.max_num_batched_tokens)
+    slots = num_slots(_known(config.max_num_seqs), platform)
+    tokens = max(_known(config.max_num_batched_tokens), slots)  # a decode step has a token for every slot
     rows = row_buckets(slots, platform)
     burst_len = _known(config.steps_per_dispatch)
     drafts = config.speculative_config
@@ -303,7 +308,7 @@ def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: Adap
     return SchedulerConfig(
         max_num_seqs=_known(config.max_num_seqs),
         max_model_len=runner.max_model_len,
-        max_num_batched_tokens=runner.max_num_batched_tokens,
+        max_num_batched_tokens=_known(config.max_num_batched_tokens),
         block_size=runner.block_size,
         num_blocks=runner.num_blocks,
         max_drafts=runner.max_drafts,

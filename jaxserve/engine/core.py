@@ -190,7 +190,8 @@ class EngineCore:
         """Runs ``function`` on the core's thread, between two steps; waits for it and returns what it returns.
 
         Raises:
-            EngineDeadError: the engine failed, was shut down, or dies while this waits.
+            EngineDeadError: the engine failed, was shut down, or dies while this waits; also of what ``function``
+                raises, which may have left the scheduler half changed.
         """
         answer: Future[T] = Future()
         with self._lock:

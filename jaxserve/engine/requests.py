@@ -7,8 +7,6 @@ draws what must be drawn once (the ids, and the seed of a request that has none)
 from __future__ import annotations
 
 import itertools
-import random
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,8 +59,7 @@ class RequestBuilder:
         self._max_model_len = engine.max_model_len
         self._eos_token_ids = tuple(engine.eos_token_ids)
         self._defaults = dict(engine.sampling_defaults)
-        self._seeds = random.Random(engine.config.seed)
-        self._seeds_lock = threading.Lock()
+        self._seeds = engine.seeds
         self.request_ids = map(str, itertools.count())
         self._choice_ids = engine.core.choice_ids
 
@@ -107,14 +104,14 @@ class RequestBuilder:
         params = checked.params
         seed = params.seed
         if seed is None:
-            with self._seeds_lock:
-                seed = self._seeds.getrandbits(SEED_BITS)
+            seed = self._seeds.getrandbits(SEED_BITS)  # one call in C, so any thread may
         request_id = next(self.request_ids) if request_id is None else request_id
         arrival_time = time.monotonic()
+        choice_ids = [next(self._choice_ids) for _ in range(params.n)]
         choices = tuple(
             Choice(
-                choice_id=next(self._choice_ids),
-                request_id=request_id,
+                choice_id=choice_id,
+                group_id=choice_ids[0],
                 index=index,
                 prompt_token_ids=checked.prompt_token_ids,
                 params=params,
@@ -125,7 +122,7 @@ class RequestBuilder:
                 priority=checked.priority,
                 arrival_time=arrival_time,
             )
-            for index in range(params.n)
+            for index, choice_id in enumerate(choice_ids)
         )
         return Request(request_id, checked.prompt, checked.prompt_token_ids, params, choices, arrival_time)
 
@@ -216,8 +213,8 @@ class RequestBuilder:
         most = drafts.num_speculative_tokens if drafts else 0
         if (params.num_speculative_tokens or 0) > most:
             raise InvalidRequestError(
-                f"num_speculative_tokens is {params.num_speculative_tokens}; allowed: 0..{most} "
-                "(the engine's speculative_config), or None"
+                f"num_speculative_tokens is {params.num_speculative_tokens}; allowed: 0..{most}, or None (the engine "
+                f"{'speculates as its speculative_config says' if drafts else 'runs without speculation'})"
             )
 
     def _check_something_is_left(self, params: SamplingParams, bad_words_ids: tuple[tuple[int, ...], ...]) -> None:

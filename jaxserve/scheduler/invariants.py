@@ -116,5 +116,5 @@ def check_waiting(state: SchedulerState) -> None:
         require(not siblings.parked or siblings.must_wait(), "parked choices wait for nobody:", siblings.parked)
         leader = siblings.leader
         require(leader is None or leader.status is Status.RUNNING, "a leader doesn't run:", leader)
-    alive = Counter(c.request_id for c in state.choices.values() if c.siblings is not None)
+    alive = Counter(c.group_id for c in state.choices.values() if c.siblings is not None)
     require(alive == Counter({k: s.num_alive for k, s in state.siblings.items()}), "sibling counts are off:", alive)

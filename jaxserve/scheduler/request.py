@@ -32,7 +32,7 @@ class Choice:
 
     Attributes:
         choice_id: unique in the engine's life.
-        request_id: shared by the ``params.n`` choices of a request.
+        group_id: ``choice_id`` of the request's first choice; its ``params.n`` choices share it.
         index: 0 .. n-1.
         prompt_token_ids: int[prompt_len], at least one.
         output_token_ids: emitted tokens that the host knows; an array, which keeps 4 bytes a token and no objects.
@@ -72,6 +72,7 @@ class Choice:
         "eos_token_ids",
         "epoch",
         "finish_reason",
+        "group_id",
         "host_synchronous",
         "in_flight_len",
         "index",
@@ -95,7 +96,6 @@ class Choice:
         "refusal",
         "repetition_at",
         "repetition_stops",
-        "request_id",
         "seed",
         "siblings",
         "slot",
@@ -108,7 +108,7 @@ class Choice:
         self,
         *,
         choice_id: int,
-        request_id: str,
+        group_id: int | None = None,
         prompt_token_ids: Sequence[int],  # [prompt_len]
         params: SamplingParams,
         index: int = 0,
@@ -121,7 +121,7 @@ class Choice:
         host_synchronous: bool = False,
     ) -> None:
         self.choice_id = choice_id
-        self.request_id = request_id
+        self.group_id = choice_id if group_id is None else group_id
         self.index = index
         self.prompt_token_ids = prompt_token_ids
         self.prompt_len = len(prompt_token_ids)

@@ -27,7 +27,7 @@ class SchedulerState:
         decoding: running choices whose prefill is planned to its end, oldest first.
         prefilling: the other running choices, oldest first.
         outstanding: plans that aren't committed yet, oldest first.
-        siblings: of requests with n > 1, by request id.
+        siblings: of requests with n > 1, by their ``group_id``.
         free_slots: a stack.
     """
 
@@ -41,7 +41,7 @@ class SchedulerState:
         self.decoding: list[Choice] = []
         self.prefilling: list[Choice] = []
         self.outstanding: deque[StepPlan] = deque()
-        self.siblings: dict[str, Siblings] = {}
+        self.siblings: dict[int, Siblings] = {}
         self.free_slots = list(range(config.max_num_seqs - 1, -1, -1))
 
     @property
@@ -96,7 +96,7 @@ class SchedulerState:
         if siblings is not None:
             siblings.num_alive -= 1
             if not siblings.num_alive:
-                del self.siblings[choice.request_id]
+                del self.siblings[choice.group_id]
         self.stats.num_finished[reason] += 1
         return True
 
@@ -158,9 +158,9 @@ class SchedulerState:
                 self.waiting.push(sibling)
 
     def _join_siblings(self, choice: Choice) -> None:
-        siblings = self.siblings.get(choice.request_id)
+        siblings = self.siblings.get(choice.group_id)
         if siblings is None:
             share_len = (choice.prompt_len - 1) // self.config.block_size * self.config.block_size
-            siblings = self.siblings[choice.request_id] = Siblings(share_len)
+            siblings = self.siblings[choice.group_id] = Siblings(share_len)
         siblings.num_alive += 1
         choice.siblings = siblings

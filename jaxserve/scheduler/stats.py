@@ -15,7 +15,7 @@ class SchedulerStats:
     num_planned_tokens: int = 0  # upper bounds, where drafts are looked up on the device
     num_emitted_tokens: int = 0
     num_drafted_tokens: int = 0
-    num_accepted_tokens: int = 0
+    num_accepted_tokens: int = 0  # drafts that agreed with what was sampled, also behind a token that ends the answer
     num_admissions: int = 0
     num_preemptions: int = 0
     num_dropped_rows: int = 0  # results of an older epoch

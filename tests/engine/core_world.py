@@ -45,7 +45,7 @@ def make_choice(prompt_len: int = 5, max_tokens: int = 6, **settings) -> Choice:
     number = next(_ids)
     prompt = [(7 * number + 3 * i) % VOCAB for i in range(prompt_len)]
     params = SamplingParams(max_tokens=max_tokens, **settings)
-    return Choice(choice_id=number, request_id=str(number), prompt_token_ids=prompt, params=params)
+    return Choice(choice_id=number, prompt_token_ids=prompt, params=params)
 
 
 @dataclass

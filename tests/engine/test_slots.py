@@ -15,9 +15,12 @@ from jaxserve.runner import buckets
 
 
 def test_more_slots_than_choices(monkeypatch, reference):
-    """As on a GPU, where the smallest bucket is 8: three choices at most, which get the first slots of eight."""
+    """As on a GPU, where the smallest bucket is 8: three choices at most, which get the first slots of eight.
+
+    A step may have fewer tokens than there are slots.
+    """
     monkeypatch.setitem(buckets._SIZES, "cpu", (8, 2, 8))
-    settings = {**SMALL, "max_num_seqs": 3, "max_num_batched_tokens": 24}
+    settings = {**SMALL, "max_num_seqs": 3, "max_num_batched_tokens": 5}
     prompts = [list(range(5, 5 + n)) for n in (3, 17, 30, 8, 1, 12, 40)]
     params = [
         SamplingParams(temperature=0.7 if n % 2 else 0, seed=n, max_tokens=9, ignore_eos=True, detokenize=False)
@@ -27,6 +30,7 @@ def test_more_slots_than_choices(monkeypatch, reference):
         core = llm.engine.core
         assert core.runner.config.row_buckets == (8,)
         assert core.scheduler.config.max_num_seqs == llm.engine.info["max_num_seqs"] == 3
+        assert core.scheduler.config.max_num_batched_tokens == 5
         got = ids(generate(llm, prompts, params))
         used = np.flatnonzero(np.asarray(core.runner._slots.tokens_len))
     assert got == [reference("llama").follow(p, s)[0] for p, s in zip(prompts, params, strict=True)]

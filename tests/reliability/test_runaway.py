@@ -125,7 +125,7 @@ def test_a_loop_is_stopped_warned_of_or_left(engine, cases, num_drafts, run_ahea
 def make_choice(number, prompt_len, max_tokens, **settings):
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **settings)
     prompt = [(number * 7 + i) % 1000 for i in range(prompt_len)]
-    return Choice(choice_id=number, request_id=str(number), prompt_token_ids=prompt, params=params)
+    return Choice(choice_id=number, prompt_token_ids=prompt, params=params)
 
 
 def spans(scheduler, choices, late):

@@ -121,7 +121,7 @@ def test_admissions_round_trip():
     params = SamplingParams(
         temperature=0.5, top_k=3, logit_bias={7: -2.5}, stop_token_ids=[9], allowed_token_ids=[1, 36]
     )
-    choice = Choice(choice_id=1, request_id="1", prompt_token_ids=[4, 5, 6], params=params, seed=2**50 + 3)
+    choice = Choice(choice_id=1, prompt_token_ids=[4, 5, 6], params=params, seed=2**50 + 3)
     row = host_row(
         params, seed=choice.seed, choice_index=2, eos_token_ids=[2], prompt_len=3, bad_words_ids=[[8, 9]],
         vocab_size=37, limits=LIMITS,

@@ -41,7 +41,7 @@ def admissions(*slots):
     made, rows = [], []
     for slot in slots:
         tokens = np.arange(3 + slot, 9 + 2 * slot, dtype=np.int32)
-        choice = Choice(choice_id=slot, request_id=str(slot), prompt_token_ids=tokens[:4].tolist(), params=PARAMS)
+        choice = Choice(choice_id=slot, prompt_token_ids=tokens[:4].tolist(), params=PARAMS)
         made.append(Admission(slot, choice, tokens, 4 * (slot % 2), np.arange(slot, slot + 3, dtype=np.int32)))
         rows.append(
             host_row(

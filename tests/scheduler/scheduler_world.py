@@ -222,7 +222,6 @@ class World:
         self.choices: list[Choice] = []
         self.answers: list[tuple[list[int], str]] = []  # what the oracle says
         self.streams: list[list[int]] = []  # what the commits said
-        self.num_requests = 0
         self.num_schedules = 0
 
     def add(
@@ -235,12 +234,12 @@ class World:
         host_synchronous: bool = False,
     ) -> list[Choice]:
         params = params or SamplingParams(max_tokens=None)
-        self.num_requests += 1
         added = []
+        first = len(self.choices)
         for index in range(params.n):
             choice = Choice(
-                choice_id=len(self.choices),
-                request_id=f"request-{self.num_requests}",
+                choice_id=first + index,
+                group_id=first,
                 index=index,
                 prompt_token_ids=list(prompt),
                 params=params,

@@ -144,7 +144,7 @@ def test_evicting_everything_changes_no_answer():
 
 def test_host_drafts_live_for_one_schedule():
     scheduler = Scheduler(make_config(max_drafts=2, drafting="host", run_ahead=2, vocab_size=100))
-    choice = Choice(choice_id=1, request_id="a", prompt_token_ids=[1, 2], params=SamplingParams(max_tokens=9))
+    choice = Choice(choice_id=1, prompt_token_ids=[1, 2], params=SamplingParams(max_tokens=9))
     scheduler.add(choice)
     assert not scheduler.set_drafts(choice, [5])  # not running
     plan = scheduler.schedule()
@@ -189,7 +189,7 @@ def test_host_synchronous_choices_wait_for_their_tokens():
 def test_impossible_results_are_refused_loudly():
     for emitted, drafted in [(0, 0), (3, 1), (4, 4), (2, 3)]:
         scheduler = Scheduler(make_config(max_drafts=2))
-        scheduler.add(Choice(choice_id=0, request_id="a", prompt_token_ids=[1], params=SamplingParams()))
+        scheduler.add(Choice(choice_id=0, prompt_token_ids=[1], params=SamplingParams()))
         plan = scheduler.schedule()
         scheduler.commit(plan, StepResult(plan.step_id, np.array([[1, 0, 0]]), np.array([1]), np.array([0])))
         plan = scheduler.schedule()
@@ -215,9 +215,7 @@ def test_prompt_logprobs_are_handed_out_once():
         return Logprobs(ids.astype(np.float32), ids, ids[:, None], ids[:, None].astype(np.float32))
 
     scheduler = Scheduler(make_config(max_prefill_chunk_len=3))
-    choice = Choice(
-        choice_id=0, request_id="a", prompt_token_ids=[1] * 6, params=SamplingParams(prompt_logprobs=1, max_tokens=4)
-    )
+    choice = Choice(choice_id=0, prompt_token_ids=[1] * 6, params=SamplingParams(prompt_logprobs=1, max_tokens=4))
     scheduler.add(choice)
 
     def step(first, count, samples):

@@ -11,7 +11,7 @@ from jaxserve.scheduler.waiting import WaitingQueue
 
 def make_choice(number, priority=0, **settings):
     params = SamplingParams(max_tokens=2, priority=priority, **settings)
-    choice = Choice(choice_id=number, request_id=str(number), prompt_token_ids=[1], params=params, arrival_time=0.0)
+    choice = Choice(choice_id=number, prompt_token_ids=[1], params=params, arrival_time=0.0)
     choice.order = (priority, number)
     return choice
 
