@@ -117,17 +117,16 @@ class SpeculativeConfig:
     num_speculative_tokens: int = 4
     model: str | None = None
     quantization: Quantization | None = None
-    prompt_lookup_min: int = None  # type: ignore[assignment]  # with "ngram" resolved below
-    prompt_lookup_max: int = None  # type: ignore[assignment]
+    prompt_lookup_min: int | None = None
+    prompt_lookup_max: int | None = None
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
         _check_quantization(self.quantization)
         drafter, lookup = ("model", "quantization"), ("prompt_lookup_min", "prompt_lookup_max")
         given = {name for name in drafter + lookup if getattr(self, name) is not None}
         if self.method is None:
-            put(self, "method", "draft_model" if given.intersection(drafter) else "ngram")
+            object.__setattr__(self, "method", "draft_model" if given.intersection(drafter) else "ngram")
         if self.method not in ("ngram", "draft_model"):
             raise ConfigError(f"method is {self.method!r}; allowed: 'ngram', 'draft_model', or None")
         for name in lookup if self.method == "draft_model" else drafter:
@@ -144,12 +143,17 @@ class SpeculativeConfig:
         _boolean(self, "adaptive")
         _integer(self, "num_speculative_tokens", 1)
         if self.method == "ngram":
-            for name in [name for name in lookup if name in given]:
+            self._resolve_lookup()
+
+    def _resolve_lookup(self) -> None:
+        for name in ("prompt_lookup_min", "prompt_lookup_max"):
+            if getattr(self, name) is not None:
                 _integer(self, name, 1)
-            low, high = (self.prompt_lookup_min, self.prompt_lookup_max) if given else (2, 3)
-            put(self, "prompt_lookup_min", low or high)
-            put(self, "prompt_lookup_max", high or low)
-            _integer(self, "prompt_lookup_max", self.prompt_lookup_min)
+        low = self.prompt_lookup_min or self.prompt_lookup_max or 2
+        high = self.prompt_lookup_max or self.prompt_lookup_min or 3
+        object.__setattr__(self, "prompt_lookup_min", low)
+        object.__setattr__(self, "prompt_lookup_max", high)
+        _integer(self, "prompt_lookup_max", low)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,7 +219,7 @@ def _runner_config(config: EngineConfig, model: ModelConfig, platform: str) -> R
     drafts = config.speculative_config
     ngram = None
     if drafts is not None and drafts.method == "ngram":
-        ngram = NgramConfig(min_len=drafts.prompt_lookup_min, max_len=drafts.prompt_lookup_max)
+        ngram = NgramConfig(min_len=_known(drafts.prompt_lookup_min), max_len=_known(drafts.prompt_lookup_max))
     return RunnerConfig(
         max_num_seqs=slots,
         max_model_len=_known(config.max_model_len),
