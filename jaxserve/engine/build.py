@@ -309,6 +309,7 @@ def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: Adap
         max_num_seqs=_known(config.max_num_seqs),
         max_model_len=runner.max_model_len,
         max_num_batched_tokens=_known(config.max_num_batched_tokens),
+        step_sizes=tuple(tokens for tokens, rows in runner.token_buckets if tokens > rows),
         block_size=runner.block_size,
         num_blocks=runner.num_blocks,
         max_drafts=runner.max_drafts,

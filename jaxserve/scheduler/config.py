@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from jaxserve.errors import ConfigError
@@ -19,6 +20,8 @@ class SchedulerConfig:
         max_model_len: longest prompt + output, in tokens.
         max_num_batched_tokens: tokens in one step, at least ``max_num_seqs`` so that every choice can decode in each
             step.
+        step_sizes: tokens that the device pads steps with prompts to, ascending; empty where it doesn't.
+        fixed_step_cost: what such a step costs whatever its size (weights are read, kernels launched), in tokens.
         max_sample_rows: bound on the sum of ``1 + num_drafts`` over a step's sampling rows, at least ``max_num_seqs``;
             None is ``max_num_seqs * (1 + max_drafts)``, which never binds.
         max_prefill_chunk_len: most prompt tokens of one choice in one step; None is no bound of its own.
@@ -47,6 +50,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
+    step_sizes: tuple[int, ...] = ()
+    fixed_step_cost: int = 256
     max_sample_rows: int | None = None
     max_prefill_chunk_len: int | None = None
     max_drafts: int = 0
@@ -71,6 +76,7 @@ class SchedulerConfig:
             ("num_blocks", 1),
             ("max_sample_rows", self.max_num_seqs),
             ("max_prefill_chunk_len", 1),
+            ("fixed_step_cost", 0),
             ("max_drafts", 0),
             ("run_ahead", 0),
             ("admission_headroom_len", 0),
@@ -89,6 +95,9 @@ class SchedulerConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        sizes = (0, *self.step_sizes)
+        if any(b <= a for a, b in pairwise(sizes)):
+            raise ConfigError(f"step_sizes is {self.step_sizes!r}; allowed: ascending numbers above 0")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ConfigError(f"max_seconds is {self.max_seconds!r}; allowed: None, or a number above 0")
         if self.max_sample_rows is None:

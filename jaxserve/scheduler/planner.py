@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxserve.scheduler.adaptive import AdaptiveDrafts, choose_draft_len, compute_bound_cap, verify_costs
 from jaxserve.scheduler.admission import NEVER
+from jaxserve.scheduler.filling import tokens_to_run
 from jaxserve.scheduler.invariants import SchedulerInvariantError
 from jaxserve.scheduler.plan import Admission, StepPlan
 from jaxserve.scheduler.request import Choice
@@ -42,6 +43,7 @@ class Planner:
         self._plan_prefills(rows)
         if state.stats.num_preemptions == preemptions:
             self._admit(rows)
+        self._end_prefills(rows)
         if not rows.choices:
             if not state.outstanding:
                 raise SchedulerInvariantError(
@@ -182,10 +184,22 @@ class Planner:
         rows.choices.append(choice)
         rows.widths.append(width)
         rows.num_tokens += width
-        samples = planned + width == choice.prefill_len
-        rows.samples.append(samples)
-        if samples:
-            self.state.start_decode(choice)
+        rows.samples.append(planned + width == choice.prefill_len)
+
+    def _end_prefills(self, rows: Rows) -> None:
+        """Cuts the last chunk where the step then fills its bucket. Prompts planned to their end decode next."""
+        if not rows.samples:
+            return
+        config, num_rows = self.config, len(rows.choices)
+        excess = rows.num_tokens - tokens_to_run(rows.num_tokens, num_rows, config.step_sizes, config.fixed_step_cost)
+        if 0 < excess < rows.widths[-1]:
+            rows.choices[-1].in_flight_len -= excess
+            rows.widths[-1] -= excess
+            rows.num_tokens -= excess
+            rows.samples[-1] = False
+        for choice, samples in zip(rows.choices[rows.num_decodes :], rows.samples, strict=True):
+            if samples:
+                self.state.start_decode(choice)
 
     def _admit(self, rows: Rows) -> None:
         """Gives slots and blocks to waiting choices, in order, as far as they reach."""

@@ -28,10 +28,14 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         first_pause=1,
         max_pause=4,
     )
+    max_num_batched_tokens = max_num_seqs + rng.choice([0, 1, 3, 8, 64])
+    sizes = [max_num_batched_tokens >> shift for shift in range(8)]
     return SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 3, 8, 64]),
+        max_num_batched_tokens=max_num_batched_tokens,
+        step_sizes=rng.choice([(), tuple(size for size in reversed(sizes) if size > 1)]),
+        fixed_step_cost=rng.choice([0, 2]),
         block_size=block_size,
         num_blocks=longest + rng.choice([0, 0, 1, 2, longest, 4 * longest]),
         max_sample_rows=rng.choice([None, max_num_seqs, max_num_seqs + 2]),

@@ -41,6 +41,9 @@ def test_imports_no_jax():
         ("repetition", "maybe"),
         ("max_seconds", 0),
         ("max_prefill_chunk_len", 0),
+        ("fixed_step_cost", -1),
+        ("step_sizes", (8, 4)),
+        ("step_sizes", (0, 4)),
     ],
 )
 def test_bad_config_names_the_setting(name, value):
@@ -149,6 +152,27 @@ def test_max_prefill_chunk_len():
         widths += world.steps[0][0].widths.tolist()
         world.commit()
     assert widths == [7, 7, 1]
+
+
+@pytest.mark.parametrize(("last_len", "widths"), [(11, [[9, 7], [1, 4]]), (2, [[9, 2], [1, 1]])])
+def test_a_last_chunk_is_cut_where_the_step_then_fills_its_bucket(last_len, widths):
+    world = make_world(step_sizes=(4, 8, 16, 64), fixed_step_cost=2)
+    world.add([1] * 9, SamplingParams(max_tokens=2))
+    world.add([2] * last_len, SamplingParams(max_tokens=2))
+    planned = []
+    for _ in range(2):
+        world.dispatch(nothing)
+        planned.append(world.steps[0][0].widths.tolist())
+        world.commit()
+    assert planned == widths
+
+
+def test_no_chunk_is_cut_that_is_shorter_than_the_excess():
+    world = make_world(step_sizes=(4, 16, 64), fixed_step_cost=0)
+    world.add([1] * 16, SamplingParams(max_tokens=2))
+    world.add([2] * 3, SamplingParams(max_tokens=2))
+    world.dispatch(nothing)
+    assert world.steps[0][0].widths.tolist() == [16, 3]
 
 
 def test_run_ahead_bounds_the_outstanding_plans_and_counts_them_in_full():
