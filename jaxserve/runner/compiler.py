@@ -27,6 +27,9 @@ from pallas_kernels.truncation_threshold import api as truncation_threshold
 ADMISSION_ROWS = 8  # admissions in one upload
 PROMPT_SCORE_TOKENS = 256  # prompt tokens that one call scores
 _NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 30}  # kernels of a graph, at least
+# Weights of a layer times tokens: about as much as an H100 multiplies in the 0.15 ms in which a slow host launches a
+# layer's twelve kernels one by one.
+_MOST_WORK_OF_A_GRAPH = 45e9
 # While a Triton product of 64 rows is loaded that has run, each launch on an H100 takes 0.36 us more: 0.12 ms a step.
 # cuBLAS is slower for 8 rows, 6% slower for 64, and faster from 128 rows on: see docs/performance.md.
 _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
@@ -94,9 +97,8 @@ class Compiler:
         )
         out = (self._pools(kv), self._whole(self.scratch))
         args = (params, kv, self.slots, self.scratch)
-        # A mixed step takes the device longer than launching its kernels one by one takes the host, and the first of
-        # them runs while the others are launched; a graph is launched after it was recorded.
-        options = self._no_graphs if num_tokens > num_rows else self._decode_options(num_tokens)
+        decodes = num_tokens <= num_rows
+        options = self._decode_options(num_tokens) if decodes or self._launch_bound(num_tokens) else self._no_graphs
         return Task(f"forward_{num_tokens}x{num_rows}", run, args, (1, 3), out, options)
 
     def burst(self, key: BurstKey) -> Task:
@@ -194,6 +196,15 @@ class Compiler:
         would be recorded anew each time, which takes longer than to launch its few kernels.
         """
         return _NO_GRAPHS if self._platform == "gpu" else None
+
+    def _launch_bound(self, num_tokens: int) -> bool:
+        """Whether a step's kernels take the device less time than launching them one by one takes the host.
+
+        Then they are a graph. Otherwise the first of them had better run while the host launches the others: a graph is
+        launched when all of it has been recorded.
+        """
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.model.params["layers"][0]))
+        return weights / self.attention.mesh.size * num_tokens <= _MOST_WORK_OF_A_GRAPH
 
     def _decode_options(self, num_tokens: int) -> Mapping[str, Any] | None:
         """Options for XLA:GPU's products of so many rows; none where they unpack weights, which cuBLAS doesn't."""

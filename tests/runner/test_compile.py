@@ -12,11 +12,14 @@ from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build_engine
+from jaxserve.models.registry import build
 from jaxserve.runner.compiler import Compiler
 from jaxserve.runner.executables import BurstKey, sample_keys
 from jaxserve.sampling.tier import Tier
+from jaxserve.weights.config_file import read_model_toml
 
 MODEL = str(Path(__file__).parents[1] / "engine" / "tiny_dummy.toml")
+CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 MAPS = Path("/proc/self/maps")
 
 SMALL = EngineConfig(
@@ -43,13 +46,16 @@ def test_an_engine_that_is_gone_leaves_no_compiled_code():
 
 
 def test_options_of_a_gpu(monkeypatch):
-    """What would be recorded in each step has no graphs; products of many rows go to cuBLAS."""
+    """No graphs for what would be recorded in each step, or isn't launch-bound; products of many rows go to cuBLAS."""
     compiler = build_engine(SMALL, progress=False).core.runner.compiler()
     buckets = compiler.config.token_buckets
     assert all(compiler.forward(*bucket).options is None for bucket in buckets)
     monkeypatch.setattr(Compiler, "_platform", "gpu")
     tasks = {bucket: compiler.forward(*bucket) for bucket in buckets}
     assert {tokens > rows for tokens, rows in tasks} == {True, False}
+    assert all(task.options is None for task in tasks.values())  # the layers are small: the host would be slower
+    monkeypatch.setattr("jaxserve.runner.compiler._MOST_WORK_OF_A_GRAPH", 0)
+    tasks = {bucket: compiler.forward(*bucket) for bucket in buckets}
     for (tokens, rows), task in tasks.items():
         assert (task.options is not None) == (tokens > rows)
         task.lower().compile(task.options)  # XLA knows the option's name
@@ -61,6 +67,18 @@ def test_options_of_a_gpu(monkeypatch):
     jax.jit(lambda x: x).lower(1.0).compile(wide)
     packed = replace(compiler, params=jax.eval_shape(lambda: jnp.zeros(2, jnp.int8)))  # a product unpacks it
     assert packed._decode_options(64) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "launch_bound"),
+    [("qwen3-0.6b", {512, 1024, 2048}), ("llama-3.1-8b", set()), ("qwen2.5-0.5b", {512, 1024, 2048})],
+)
+def test_mixed_steps_of_small_models_are_launch_bound(shape, launch_bound):
+    compiler = build_engine(SMALL, progress=False).core.runner.compiler()
+    config = read_model_toml(CONFIGS / f"{shape}.toml")
+    model = build(config, dtype="bfloat16", padded_vocab=config.vocab_size)
+    compiler = replace(compiler, model=model)
+    assert {tokens for tokens in (512, 1024, 2048, 4096, 8192) if compiler._launch_bound(tokens)} == launch_bound
 
 
 def test_the_samplers_kernels_run_where_attentions_do_on_one_device_with_a_vocabulary_that_they_support():
