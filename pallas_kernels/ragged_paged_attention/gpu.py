@@ -97,7 +97,8 @@ def attend_tuned(
         num_heads=Hq,
         num_kv_heads=Hk,
         group_rows=gpu_decode.group_rows(spec),
-        tile_tokens=gpu_decode.tile_tokens(spec),
+        # Rows of a decode bucket have one token, but for a caller that packs others.
+        token_ctas=gpu_decode.tile_tokens(spec) if T > R else 1,
     )
     out = jax.freeze(flat_ref).reshape(T, Hq, D)
     if not with_prefill:

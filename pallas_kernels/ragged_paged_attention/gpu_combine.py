@@ -2,8 +2,8 @@
 
 For a tile and KV head with pieces i: out = sum_i 2^(lse_i - lse) out_i with lse = log2 sum_i 2^lse_i. A tile is split
 where a worker's share ends within it, so there are fewer split tiles than workers: a CTA looks at one border between
-two workers, for one token. Tiles of one worker are left alone. A piece is D * 8 bytes for each of a token's heads, so
-the pass costs little more than its launch.
+two workers, for every ``token_ctas``-th token. Tiles of one worker are left alone. A piece is D * 8 bytes for each of a
+token's heads, so the pass costs little more than its launch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lane import when
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
+from pallas_kernels.ragged_paged_attention.gpu_store import store_rows
 
 _THREADS = 128
 _AT_ONCE = 8  # pieces whose loads are in flight together
@@ -34,9 +34,9 @@ def combine(
     num_heads: int,
     num_kv_heads: int,
     group_rows: int,
-    tile_tokens: int,
+    token_ctas: int,
 ) -> None:
-    """Writes the output rows of every tile that has several pieces."""
+    """Writes the output rows of every tile that has several pieces; ``token_ctas`` CTAs share a tile's tokens."""
     D, G = out_ref.shape[1], num_heads // num_kv_heads
     # Whole warpgroups: where a token's G heads are fewer values than threads, padding rows are computed with them.
     rows = next(n for n in (G, group_rows) if n * D % _THREADS == 0)
@@ -47,13 +47,12 @@ def combine(
     def constant(value: float) -> jax.Array:
         return plgpu.layout_cast(jnp.full((rows, D), value, jnp.float32), layout)
 
-    def kernel(part_ref: Any, lse_ref: Any, splits_ref: Any, out: Any, o_smem: Any) -> None:
-        split, token = lax.axis_index("split"), lax.axis_index("token")
+    def kernel(part_ref: Any, lse_ref: Any, splits_ref: Any, out: Any) -> None:
+        split, first = lax.axis_index("split"), lax.axis_index("token")
         num_pieces = splits_ref[split, plan.NUM_PIECES]
         first_worker, first_slot = splits_ref[split, plan.FIRST_WORKER], splits_ref[split, plan.FIRST_SLOT]
-        token_rows = pl.ds(token * group_rows, rows)
 
-        def join(group: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def join(token_rows: pl.Slice, group: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             acc, m, l = carry
             pieces = [group * at_once + k for k in range(at_once)]
             # All but the first piece are what their worker began with. The last one stands in for those past the end.
@@ -70,22 +69,25 @@ def combine(
                 acc, m, l = acc * alpha + out_k * weight, m_new, l * alpha + weight
             return acc, m, l
 
-        @when(token < splits_ref[split, plan.SPLIT_TOKENS])
-        def _():
+        num_tokens = splits_ref[split, plan.SPLIT_TOKENS]
+
+        @pl.loop(0, lax.div(num_tokens + (token_ctas - 1 - first), jnp.int32(token_ctas)))
+        def _(round_):
+            token = first + round_ * token_ctas
+            join_token = functools.partial(join, pl.ds(token * group_rows, rows))
             start = (constant(0.0), constant(-1e30), constant(0.0))
-            acc, _, l = lax.fori_loop(0, pl.cdiv(num_pieces, at_once), join, start)
-            o_smem[...] = (acc / jnp.maximum(l, 1e-30)).astype(jnp.bfloat16)
-            plgpu.commit_smem()
+            acc, _, l = lax.fori_loop(0, pl.cdiv(num_pieces, at_once), join_token, start)
+            value = (acc / jnp.maximum(l, 1e-30)).astype(jnp.bfloat16)
             first_token, head = splits_ref[split, plan.SPLIT_TOKEN], splits_ref[split, plan.SPLIT_HEAD]
             first_row = (first_token + token) * num_heads + head * G
-            plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, G)], out.at[pl.ds(first_row, G)])
-            plgpu.wait_smem_to_gmem(0)
+            store_rows(
+                value, out, first_row, jnp.int32(1), layout=layout, token_rows=rows, stored_rows=G, token_stride=G
+            )
 
     plgpu.kernel(
         kernel,
-        grid=(work.splits.shape[0], tile_tokens),
+        grid=(work.splits.shape[0], token_ctas),
         grid_names=("split", "token"),
-        scratch_types=[plgpu.SMEM((rows, D), jnp.bfloat16)],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # Layouts are said here: to infer them takes longer than all else of lowering a step.

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
+from pallas_kernels.ragged_paged_attention.gpu_store import store_rows
 from pallas_kernels.ragged_paged_attention.gpu_tile import (
     LOG2E,
     fetch_step,
@@ -168,11 +169,10 @@ def decode(
             plgpu.SMEM((ROWS, D), jnp.bfloat16),
             tile((stages, BK, D)),
             tile((stages, BK, D)),
-            # A segment's queries, then its output or its partial results.
+            # A segment's queries; the zeros of padding.
             plgpu.RefUnion(
                 tile((ROWS, D)),
                 plgpu.SMEM((ROWS, D), jnp.bfloat16),
-                plgpu.SMEM((ROWS, D), jnp.float32),
             ),
             plgpu.Barrier(num_arrivals=TQ),
             plgpu.Barrier(),
@@ -187,7 +187,8 @@ def decode(
     ) -> None:  # fmt: skip
         k_full, v_full, k_free, v_free = kv_barriers
         kv_buffers = ((k_smem, k_full, k_free), (v_smem, v_full, v_free))
-        q_smem, o_smem, part_smem = q_and_o
+        q_smem, o_smem = q_and_o
+        store = functools.partial(store_rows, layout=plgpu.Layout.WGMMA, token_rows=PG)
         wg = lax.axis_index("wg")
         worker = lax.axis_index("cta")
 
@@ -292,7 +293,7 @@ def decode(
             first_key = (tiles_ref[tile, plan.FIRST_UNIT] + unit) * plan.UNIT
             k_scale, v_scale = (1.0, 1.0) if scales_ref is None else (scales_ref[0, head], scales_ref[1, head])
             iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, BK), layout=plgpu.Layout.WGMMA)
-            # The copies out of the union of the segment before.
+            # The copies of zeros out of the union.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_wait(q_full)
             q_smem[...] = queries(q_raw, spec)
@@ -351,16 +352,8 @@ def decode(
 
             @pl.when(num == tile_units)
             def _whole():
-                o_smem[...] = out.astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                first_token = tiles_ref[tile, plan.FIRST_TOKEN]
-
-                @pl.loop(0, num_tokens)
-                def _(i):
-                    plgpu.copy_smem_to_gmem(
-                        o_smem.at[pl.ds(i * PG, G)],
-                        out_ref.at[pl.ds((first_token + i) * Hq + head * G, G)],
-                    )
+                first_row = tiles_ref[tile, plan.FIRST_TOKEN] * Hq + head * G
+                store(out.astype(jnp.bfloat16), out_ref, first_row, num_tokens, stored_rows=G, token_stride=Hq)
 
             @pl.when(num != tile_units)
             def _piece():
@@ -369,17 +362,7 @@ def decode(
                 # Spread over the columns, so that the combination is elementwise.
                 lse = m + jnp.log(l_safe) * LOG2E
                 for value, ref in ((out, part_ref), (rows_of(lse, out), lse_ref)):
-                    part_smem[...] = value
-                    plgpu.commit_smem()
-
-                    @pl.loop(0, num_tokens)
-                    def _(i, ref=ref):
-                        plgpu.copy_smem_to_gmem(
-                            part_smem.at[pl.ds(i * PG, PG)],
-                            ref.at[index, pl.ds(i * PG, PG)],
-                        )
-
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    store(value, ref, index * ROWS, num_tokens, stored_rows=PG, token_stride=PG)
 
         walk = functools.partial(_segments, tiles_ref, workers_ref, worker, Hk, units)
 
@@ -403,8 +386,8 @@ def decode(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((T * Hq, D), q.dtype),
-            jax.ShapeDtypeStruct((2 * config.num_ctas, ROWS, D), jnp.float32),
-            jax.ShapeDtypeStruct((2 * config.num_ctas, ROWS, D), jnp.float32),
+            jax.ShapeDtypeStruct((2 * config.num_ctas * ROWS, D), jnp.float32),
+            jax.ShapeDtypeStruct((2 * config.num_ctas * ROWS, D), jnp.float32),
         ],
         grid=(config.num_ctas,),
         grid_names=("cta",),
@@ -413,4 +396,5 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="ragged_paged_attention_decode",
     )(*operands)
-    return out.reshape(T, Hq, D), part, lse
+    pieces = 2 * config.num_ctas, ROWS, D
+    return out.reshape(T, Hq, D), part.reshape(pieces), lse.reshape(pieces)
