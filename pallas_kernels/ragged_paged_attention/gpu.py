@@ -97,8 +97,8 @@ def attend_tuned(
         num_heads=Hq,
         num_kv_heads=Hk,
         group_rows=gpu_decode.group_rows(spec),
-        # Rows of a decode bucket have one token, but for a caller that packs others.
-        token_ctas=gpu_decode.tile_tokens(spec) if T > R else 1,
+        # Most rows of a decode bucket have one token. Those of a short prompt or of drafts share half as many CTAs.
+        token_ctas=gpu_decode.tile_tokens(spec) // (1 if T > R else 2),
     )
     out = jax.freeze(flat_ref).reshape(T, Hq, D)
     if not with_prefill:

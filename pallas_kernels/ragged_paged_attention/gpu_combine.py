@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,8 +36,12 @@ def combine(
     num_kv_heads: int,
     group_rows: int,
     token_ctas: int,
+    store: Callable[..., None] = store_rows,
 ) -> None:
-    """Writes the output rows of every tile that has several pieces; ``token_ctas`` CTAs share a tile's tokens."""
+    """Writes the output rows of every tile that has several pieces; ``token_ctas`` CTAs share a tile's tokens.
+
+    ``store`` stands in for ``store_rows`` where a test interprets the kernel.
+    """
     D, G = out_ref.shape[1], num_heads // num_kv_heads
     # Whole warpgroups: where a token's G heads are fewer values than threads, padding rows are computed with them.
     rows = next(n for n in (G, group_rows) if n * D % _THREADS == 0)
@@ -48,7 +53,7 @@ def combine(
         return plgpu.layout_cast(jnp.full((rows, D), value, jnp.float32), layout)
 
     def kernel(part_ref: Any, lse_ref: Any, splits_ref: Any, out: Any) -> None:
-        split, first = lax.axis_index("split"), lax.axis_index("token")
+        split, first = lax.axis_index("split"), lax.axis_index("first_token")
         num_pieces = splits_ref[split, plan.NUM_PIECES]
         first_worker, first_slot = splits_ref[split, plan.FIRST_WORKER], splits_ref[split, plan.FIRST_SLOT]
 
@@ -80,14 +85,12 @@ def combine(
             value = (acc / jnp.maximum(l, 1e-30)).astype(jnp.bfloat16)
             first_token, head = splits_ref[split, plan.SPLIT_TOKEN], splits_ref[split, plan.SPLIT_HEAD]
             first_row = (first_token + token) * num_heads + head * G
-            store_rows(
-                value, out, first_row, jnp.int32(1), layout=layout, token_rows=rows, stored_rows=G, token_stride=G
-            )
+            store(value, out, first_row, jnp.int32(1), layout=layout, token_rows=rows, stored_rows=G, token_stride=G)
 
     plgpu.kernel(
         kernel,
         grid=(work.splits.shape[0], token_ctas),
-        grid_names=("split", "token"),
+        grid_names=("split", "first_token"),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # Layouts are said here: to infer them takes longer than all else of lowering a step.

@@ -4,7 +4,7 @@ A tile is a ``[64, D]`` matrix of queries: ``tile_tokens`` tokens, each with the
 ``group_rows`` (8 or 16) rows. All (tile, KV head, unit of 64 keys) triples form one line that is cut into shares of
 equal cost, one for each worker (gpu_plan.py); so the load is even whatever the lengths are, and long contexts split by
 themselves. A worker that has the whole of a tile's keys writes its output; the others leave partial results, which
-gpu_combine.py joins.
+gpu_combine.py joins. Both go from registers to memory (gpu_store.py).
 
 A worker is a pair of warpgroups: one fetches through the block table with TMA, running ahead across tile borders, the
 other computes: S = Q K^T (wgmma), online softmax in float32 registers, O += P V. With fp8 there are two that fetch, one
@@ -169,7 +169,7 @@ def decode(
             plgpu.SMEM((ROWS, D), jnp.bfloat16),
             tile((stages, BK, D)),
             tile((stages, BK, D)),
-            # A segment's queries; the zeros of padding.
+            # Zeros for padding tokens, then a segment's queries.
             plgpu.RefUnion(
                 tile((ROWS, D)),
                 plgpu.SMEM((ROWS, D), jnp.bfloat16),
@@ -183,11 +183,11 @@ def decode(
 
     def body(
         q_ref, kv_ref, table_ref, tiles_ref, workers_ref, scales_ref, sinks_ref, out_ref, part_ref, lse_ref,
-        q_raw, k_smem, v_smem, q_and_o, q_full, q_free, kv_barriers, raw
+        q_raw, k_smem, v_smem, q_or_zeros, q_full, q_free, kv_barriers, raw
     ) -> None:  # fmt: skip
         k_full, v_full, k_free, v_free = kv_barriers
         kv_buffers = ((k_smem, k_full, k_free), (v_smem, v_full, v_free))
-        q_smem, o_smem = q_and_o
+        q_smem, zeros_smem = q_or_zeros
         store = functools.partial(store_rows, layout=plgpu.Layout.WGMMA, token_rows=PG)
         wg = lax.axis_index("wg")
         worker = lax.axis_index("cta")
@@ -278,14 +278,16 @@ def decode(
             @pl.when(first < T)
             def _():
                 rows = Hq if Hq <= ROWS else math.gcd(Hq, ROWS)
-                o_smem[...] = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.bfloat16), plgpu.Layout.WGMMA)
+                zeros_smem[...] = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.bfloat16), plgpu.Layout.WGMMA)
                 plgpu.commit_smem()
 
                 @pl.loop(0, pl.cdiv(T - first, config.num_ctas))
                 def _(i):
                     row = (first + i * config.num_ctas) * Hq
                     for part in range(Hq // rows):
-                        plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, rows)], out_ref.at[pl.ds(row + part * rows, rows)])
+                        plgpu.copy_smem_to_gmem(
+                            zeros_smem.at[pl.ds(0, rows)], out_ref.at[pl.ds(row + part * rows, rows)]
+                        )
 
         def compute(segment, tile, head, unit, num, step):
             num_tokens, first_pos = tiles_ref[tile, plan.NUM_TOKENS], tiles_ref[tile, plan.FIRST_POS]

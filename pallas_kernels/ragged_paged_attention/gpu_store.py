@@ -2,6 +2,8 @@
 
 A store by TMA waits for the tile to be written to shared memory, for a fence, and then for the copy to have read it. Of
 a decode tile's 64 rows most are padding: a few threads store the others directly, and nobody waits.
+
+Shape letters: D head dim, N rows of the array that is written.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 def store_rows(
     value: jax.Array,  # [rows, D]
-    ref: Any,  # [n, D] in global memory
+    ref: Any,  # [N, D] in global memory
     first_row: jax.Array,  # int32[], of ref, for token 0
     num_tokens: jax.Array,  # int32[], that are stored
     *,

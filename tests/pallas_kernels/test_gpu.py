@@ -1,12 +1,13 @@
 """The Mosaic GPU kernels: what they refuse (anywhere), and the contract of every implementation (on a Hopper GPU).
 
 Mosaic's interpreter runs no wgmma with operands in registers, which the decode and the prefill kernel use: their
-numbers need the hardware. The combination of partial results runs in it.
+numbers need the hardware. The combination of partial results runs in it, but for its stores, which are PTX.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from attention_cases import AttentionContract, make_case, make_spec
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu, gpu_combine, gpu_decode, gpu_plan, gpu_prefill
@@ -47,8 +49,8 @@ def test_required_shapes_are_supported_and_fit_into_shared_memory(head_dim: int,
     assert gpu.kv_layout(spec) == KVLayout(storage_dim=head_dim)
     decode, prefill = gpu.configs(spec)
     fp8 = kv_dtype != "bfloat16"
-    # Queries, their copy for wgmma or the partial results in float32, K and V, and what waits to be widened.
-    decode_bytes = 64 * head_dim * (2 + 4) + decode.stages * decode.block_kv * head_dim * 2 * 2
+    # Queries, their copy for wgmma, K and V, and what waits to be widened.
+    decode_bytes = 64 * head_dim * (2 + 2) + decode.stages * decode.block_kv * head_dim * 2 * 2
     decode_bytes += fp8 * 2 * decode.raw_stages * 64 * head_dim
     prefill_bytes = 128 * head_dim * (2 + 2) + prefill.stages * prefill.block_kv * head_dim * 2 * 2
     prefill_bytes += fp8 * prefill.raw_stages * 64 * head_dim
@@ -75,8 +77,9 @@ def test_registers_of_a_block_suffice() -> None:
             assert asked <= warpgroups * (65536 // (warpgroups * 128) // 8 * 8)
 
 
+@pytest.mark.parametrize("token_ctas", [1, 2, 8])
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(4, 128), (18, 64)])
-def test_the_combination_in_the_interpreter(num_heads: int, head_dim: int) -> None:
+def test_the_combination_in_the_interpreter(num_heads: int, head_dim: int, token_ctas: int) -> None:
     """Pieces of tiles that several workers share, some of several tokens, against the sum by its definition."""
     spec = make_spec(**{**BASE, "num_heads": num_heads, "num_kv_heads": 2, "head_dim": head_dim})
     contexts, widths = [700, 130, 1, 3000], [1, 3, 1, 1]
@@ -94,12 +97,15 @@ def test_the_combination_in_the_interpreter(num_heads: int, head_dim: int) -> No
     lse = np.repeat(rng.uniform(-9, 9, (2 * C, 64, 1)).astype(np.float32), head_dim, axis=2)
     untouched = rng.standard_normal((T * num_heads, head_dim)).astype(jnp.bfloat16)
 
+    def store(value: jax.Array, out: Any, row: jax.Array, num_tokens: jax.Array, *, stored_rows: int, **_: Any) -> None:
+        out.at[pl.ds(row, stored_rows)][...] = value[:stored_rows]  # the interpreter knows no PTX
+
     @jax.jit
     def run(out: jax.Array) -> jax.Array:
         ref = jax.new_ref(out)
         gpu_combine.combine(
             ref, jnp.asarray(part), jnp.asarray(lse), work,
-            num_heads=num_heads, num_kv_heads=2, group_rows=PG, tile_tokens=TQ,
+            num_heads=num_heads, num_kv_heads=2, group_rows=PG, token_ctas=token_ctas, store=store,
         )  # fmt: skip
         return jax.freeze(ref)
 
