@@ -57,6 +57,11 @@ class Model:
     trunk: nnx.GraphDef
     head: nnx.GraphDef
 
+    @property
+    def layer_size(self) -> float:
+        """Weights of a layer, the mean over all."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params["layers"])) / self.config.num_layers
+
     def fuses(self, num_tokens: int) -> bool:
         """Whether layers run in one launch each in a step of so many tokens, padding included."""
         return not isinstance(self.fused, str) and self.fused.fits(num_tokens)

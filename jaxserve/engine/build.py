@@ -23,6 +23,7 @@ from jaxserve.engine.design import design
 from jaxserve.engine.draft_costs import adaptive_rule, without_hopeless_drafts
 from jaxserve.engine.drafter import abstract_drafter, load_drafter, open_drafter
 from jaxserve.engine.memory_share import ask_for_memory, tell_share
+from jaxserve.engine.step_cost import fixed_step_cost
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.sharding import named_shardings
@@ -130,7 +131,8 @@ def _build(config: EngineConfig, progress: bool | None) -> Engine:
     executables = runner.start(cache_dir=config.compilation_cache_dir, progress=progress, temp_limit=memory.most_temp)
     sizes = {tokens: model.fuses(tokens) for tokens, _ in runner_config.token_buckets}
     rule = adaptive_rule(config, platform, sizes, drafter)
-    scheduler = Scheduler(_scheduler_config(config, runner_config, rule))
+    fixed_cost = fixed_step_cost(platform, model.layer_size / mesh.size)
+    scheduler = Scheduler(_scheduler_config(config, runner_config, rule, fixed_cost))
     core = EngineCore(
         scheduler,
         runner,
@@ -304,12 +306,15 @@ def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
     return measure_temp(largest, cache)
 
 
-def _scheduler_config(config: EngineConfig, runner: RunnerConfig, adaptive: AdaptiveDrafts | None) -> SchedulerConfig:
+def _scheduler_config(
+    config: EngineConfig, runner: RunnerConfig, adaptive: AdaptiveDrafts | None, fixed_cost: int
+) -> SchedulerConfig:
     return SchedulerConfig(
         max_num_seqs=_known(config.max_num_seqs),
         max_model_len=runner.max_model_len,
         max_num_batched_tokens=_known(config.max_num_batched_tokens),
         step_sizes=tuple(tokens for tokens, rows in runner.token_buckets if tokens > rows),
+        fixed_step_cost=fixed_cost,
         block_size=runner.block_size,
         num_blocks=runner.num_blocks,
         max_drafts=runner.max_drafts,

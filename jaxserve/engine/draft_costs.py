@@ -5,38 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from itertools import pairwise
 
 from jaxserve.config import EngineConfig, SpeculativeConfig
+from jaxserve.engine.step_cost import step_cost
 from jaxserve.runner.draft import DraftModel
 from jaxserve.scheduler.adaptive import AdaptiveDrafts
 
 logger = logging.getLogger("jaxserve")
 
-# By platform: what steps of so many tokens take, in units of a step of one. CPU: SmolLM2-135M in float32 on two cores,
-# one row in the first two steps and eight in the others, one sampled position each. GPU: the matrix products of
-# Llama-3.1-8B and Qwen3-0.6B in bfloat16 on one H100, between the two; from 512 tokens on they're bound by arithmetic.
-# TPUs haven't been timed; they read and compute in a similar proportion.
-_STEP_COSTS = {
-    "cpu": ((1, 1.0), (8, 1.9), (64, 3.4), (512, 17.0)),
-    "gpu": ((1, 1.0), (512, 2.3), (1024, 4.3)),
-    "tpu": ((1, 1.0), (512, 2.3), (1024, 4.3)),
-}
 # Of a step with one launch a layer, against one of XLA's products: Qwen3-0.6B's shape on one H200, 1 and 8 requests.
 _FUSED = 0.82
 # Of one more sampled position a row. On CPU nothing for greedy requests, 0.08 to 0.16 where noise is drawn.
 _POSITION_COST = {"cpu": 0.05, "gpu": 0.03, "tpu": 0.03}
 # float32 bytes for each packed one
 _WIDENED = {"int8": 4, "fp8": 4, "fp8_weight_only": 4, "int4": 8}
-
-
-def step_cost(platform: str, num_tokens: int) -> float:
-    """Of a step that computes ``num_tokens``, padding included: linear between what was measured, and past its end."""
-    points = _STEP_COSTS[platform]
-    for (few, low), (many, high) in pairwise(points):
-        if num_tokens <= many:
-            return low + (high - low) * (num_tokens - few) / (many - few)
-    return points[-1][1] * num_tokens / points[-1][0]
 
 
 def adaptive_rule(

@@ -27,9 +27,9 @@ from pallas_kernels.truncation_threshold import api as truncation_threshold
 ADMISSION_ROWS = 8  # admissions in one upload
 PROMPT_SCORE_TOKENS = 256  # prompt tokens that one call scores
 _NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 30}  # kernels of a graph, at least
-# Weights of a layer times tokens: about as much as an H100 multiplies in the 0.15 ms in which a slow host launches a
-# layer's twelve kernels one by one.
-_MOST_WORK_OF_A_GRAPH = 45e9
+# Weights of a layer times tokens, for which an H100 takes as long as a slow host for launching a layer's twelve kernels
+# one by one: 1024 tokens of Qwen3-0.6B are 16e9, and take 3 ms where the launches take up to 6.
+_MOST_WORK_OF_A_GRAPH = 24e9
 # While a Triton product of 64 rows is loaded that has run, each launch on an H100 takes 0.36 us more: 0.12 ms a step.
 # cuBLAS is slower for 8 rows, 6% slower for 64, and faster from 128 rows on: see docs/performance.md.
 _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
@@ -97,8 +97,8 @@ class Compiler:
         )
         out = (self._pools(kv), self._whole(self.scratch))
         args = (params, kv, self.slots, self.scratch)
-        decodes = num_tokens <= num_rows
-        options = self._decode_options(num_tokens) if decodes or self._launch_bound(num_tokens) else self._no_graphs
+        is_graph = num_tokens <= num_rows or self._launch_bound(num_tokens)
+        options = self._product_options(num_tokens) if is_graph else self._no_graphs
         return Task(f"forward_{num_tokens}x{num_rows}", run, args, (1, 3), out, options)
 
     def burst(self, key: BurstKey) -> Task:
@@ -119,7 +119,7 @@ class Compiler:
         args = (params, heads, kv, self.slots, packets)
         out = (self._pools(kv), self._whole(self.slots), self._sharding(WHOLE))
         name = f"burst_{key.tier.name.lower()}_{key.num_tokens}x{key.num_rows}"
-        return Task(name, run, args, (2, 3), out, self._decode_options(key.num_tokens))
+        return Task(name, run, args, (2, 3), out, self._product_options(key.num_tokens))
 
     def sample(self, key: SampleKey) -> Task:
         run = functools.partial(
@@ -203,10 +203,12 @@ class Compiler:
         Then they are a graph. Otherwise the first of them had better run while the host launches the others: a graph is
         launched when all of it has been recorded.
         """
-        weights = sum(leaf.size for leaf in jax.tree.leaves(self.model.params["layers"][0]))
-        return weights / self.attention.mesh.size * num_tokens <= _MOST_WORK_OF_A_GRAPH
+        models = [self.model] if self.drafter is None else [self.model, self.drafter.model]
+        layers = sum(model.config.num_layers for model in models)
+        weights = sum(model.layer_size * model.config.num_layers for model in models)
+        return weights / layers / self.attention.mesh.size * num_tokens <= _MOST_WORK_OF_A_GRAPH
 
-    def _decode_options(self, num_tokens: int) -> Mapping[str, Any] | None:
+    def _product_options(self, num_tokens: int) -> Mapping[str, Any] | None:
         """Options for XLA:GPU's products of so many rows; none where they unpack weights, which cuBLAS doesn't."""
         is_packed = any(jnp.dtype(leaf.dtype).itemsize < 2 for leaf in jax.tree.leaves(self.params))
         if self._platform != "gpu" or num_tokens < _FEWEST_CUBLAS_ROWS or is_packed:

@@ -20,7 +20,7 @@ class SchedulerConfig:
         max_model_len: longest prompt + output, in tokens.
         max_num_batched_tokens: tokens in one step, at least ``max_num_seqs`` so that every choice can decode in each
             step.
-        step_sizes: tokens that the device pads steps with prompts to, ascending; empty where it doesn't.
+        step_sizes: tokens that the device pads large steps to, ascending; empty where it doesn't.
         fixed_step_cost: what such a step costs whatever its size (weights are read, kernels launched), in tokens.
         max_sample_rows: bound on the sum of ``1 + num_drafts`` over a step's sampling rows, at least ``max_num_seqs``;
             None is ``max_num_seqs * (1 + max_drafts)``, which never binds.
@@ -51,7 +51,7 @@ class SchedulerConfig:
     block_size: int
     num_blocks: int
     step_sizes: tuple[int, ...] = ()
-    fixed_step_cost: int = 256
+    fixed_step_cost: int = 0
     max_sample_rows: int | None = None
     max_prefill_chunk_len: int | None = None
     max_drafts: int = 0

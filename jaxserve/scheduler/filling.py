@@ -1,7 +1,7 @@
 """How many of its tokens a mixed step should have, where the device pads it to a bucket.
 
 A step of 2146 tokens costs as much as one of 4096. Leaving 98 of them for the next step, which has its decode rows
-anyway, costs 2048 and a small bucket.
+anyway, costs 2048 and a small bucket. The larger the gap between two buckets, the more may be left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def tokens_to_run(num_tokens: int, num_rows: int, step_sizes: tuple[int, ...], f
 
     Args:
         num_tokens: that are planned.
-        num_rows: that the next step has beside what is left of this one.
+        num_rows: of this step; the next one is reckoned to have as many, beside what is left of this one.
         step_sizes: tokens of the buckets, ascending.
         fixed_cost: what a step costs whatever its size, in tokens.
     """

@@ -66,19 +66,22 @@ def test_options_of_a_gpu(monkeypatch):
     assert wide == {"xla_gpu_enable_triton_gemm": False}
     jax.jit(lambda x: x).lower(1.0).compile(wide)
     packed = replace(compiler, params=jax.eval_shape(lambda: jnp.zeros(2, jnp.int8)))  # a product unpacks it
-    assert packed._decode_options(64) is None
+    assert packed._product_options(64) is None
 
 
 @pytest.mark.parametrize(
     ("shape", "launch_bound"),
-    [("qwen3-0.6b", {512, 1024, 2048}), ("llama-3.1-8b", set()), ("qwen2.5-0.5b", {512, 1024, 2048})],
+    [("qwen3-0.6b", {512, 1024}), ("llama-3.1-8b", set()), ("smollm2-135m", {512, 1024, 2048, 4096})],
 )
-def test_mixed_steps_of_small_models_are_launch_bound(shape, launch_bound):
+def test_mixed_steps_of_small_models_are_graphs_with_products_from_cublas(monkeypatch, shape, launch_bound):
     compiler = build_engine(SMALL, progress=False).core.runner.compiler()
     config = read_model_toml(CONFIGS / f"{shape}.toml")
     model = build(config, dtype="bfloat16", padded_vocab=config.vocab_size)
     compiler = replace(compiler, model=model)
-    assert {tokens for tokens in (512, 1024, 2048, 4096, 8192) if compiler._launch_bound(tokens)} == launch_bound
+    monkeypatch.setattr(Compiler, "_platform", "gpu")
+    for tokens in (512, 1024, 2048, 4096, 8192):
+        [option] = compiler.forward(tokens, 256).options
+        assert option == ("xla_gpu_enable_triton_gemm" if tokens in launch_bound else "xla_gpu_graph_min_graph_size")
 
 
 def test_the_samplers_kernels_run_where_attentions_do_on_one_device_with_a_vocabulary_that_they_support():
