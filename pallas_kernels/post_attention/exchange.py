@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf, vector
 
+from pallas_kernels import ptx
 from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, TILE
 from pallas_kernels.ragged_paged_attention.gpu_tile import smem_transforms
 
@@ -39,7 +40,6 @@ ITEM = plgpu.Layout.TILED(
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
-_SCALAR = plgpu.Layout.WG_SPLAT(())
 _SUM = plgpu.ShapeDtypeStruct((ITEM_ROWS, COLUMNS), jnp.float32, layout=ITEM)
 
 
@@ -50,14 +50,14 @@ def publish_piece(
 ) -> None:
     """A piece of a sum, transposed: ``[M, 64]`` words."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), ptx.SCALAR))
     def store(_: Any, piece: Any, words: Any, begin: Any) -> None:
-        first = _address(words, begin.registers.item())
+        first = ptx.address(words, begin.registers.item())
         for (column, row), pair in zip(piece.layout.thread_idxs(piece.shape), piece.registers.flat, strict=True):
-            place = arith.addi(arith.muli(_i32(row), _c(COLUMNS)), _i32(column))
+            place = arith.addi(arith.muli(ptx.as_word(row), ptx.i32(COLUMNS)), ptx.as_word(column))
             for i in range(2):
-                value = arith.bitcast(_type(), vector.extract(pair, [], [i]))
-                _store(mgpu.getelementptr(first, [arith.addi(place, _c(i * COLUMNS))], _type()), [value])
+                value = arith.bitcast(ptx.word(), vector.extract(pair, [], [i]))
+                ptx.store(mgpu.getelementptr(first, [arith.addi(place, ptx.i32(i * COLUMNS))], ptx.word()), [value])
 
     store(piece, words, begin)
 
@@ -70,21 +70,21 @@ def sum_pieces(
     """Awaits the pieces and adds them in their order. Leaves their words empty for the next launch."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _SCALAR, *[_SCALAR] * sum(map(len, begins))), return_type=[_SUM] * len(begins)
+        arg_types=(plgpu.RefType(), ptx.SCALAR, *[ptx.SCALAR] * sum(map(len, begins))), return_type=[_SUM] * len(begins)
     )
     def read(_: Any, words: Any, num_pieces: Any, *flat: Any) -> list[Any]:
         row, column = _item_place()
-        place = arith.addi(arith.muli(row, _c(COLUMNS)), column)
-        addresses = [_address(words, arith.addi(place, begin.registers.item())) for begin in flat]
+        place = arith.addi(arith.muli(row, ptx.i32(COLUMNS)), column)
+        addresses = [ptx.address(words, arith.addi(place, begin.registers.item())) for begin in flat]
         values = _poll(addresses, _CHUNK)
         for address in addresses:
-            _store(address, [_c(EMPTY)] * _CHUNK)
+            ptx.store(address, [ptx.i32(EMPTY)] * _CHUNK)
         sums, rest = [], list(values)
         for pieces in begins:
             mine, rest = rest[: len(pieces)], rest[len(pieces) :]
             total = _floats(mine[0])
             for i, piece in enumerate(mine[1:], 1):
-                counts = arith.cmpi(arith.CmpIPredicate.sgt, num_pieces.registers.item(), _c(i))
+                counts = arith.cmpi(arith.CmpIPredicate.sgt, num_pieces.registers.item(), ptx.i32(i))
                 total = arith.select(counts, arith.addf(total, _floats(piece)), total)
             sums.append(_item_array(total))
         return sums
@@ -100,13 +100,13 @@ def publish_item(
 ) -> None:
     """Activations for the next product."""
 
-    @plgpu.inline_mgpu(arg_types=(ITEM, plgpu.RefType(), _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(ITEM, plgpu.RefType(), ptx.SCALAR))
     def store(_: Any, value: Any, words: Any, begin: Any) -> None:
         row, column = _item_place()
-        place = arith.addi(arith.muli(row, _c(stride)), arith.shrui(column, _c(1)))
-        pairs = vector.bitcast(ir.VectorType.get((2,), _type()), value.registers.item())
-        _store(
-            _address(words, arith.addi(begin.registers.item(), place)),
+        place = arith.addi(arith.muli(row, ptx.i32(stride)), arith.shrui(column, ptx.i32(1)))
+        pairs = vector.bitcast(ir.VectorType.get((2,), ptx.word()), value.registers.item())
+        ptx.store(
+            ptx.address(words, arith.addi(begin.registers.item(), place)),
             [vector.extract(pairs, [], [i]) for i in range(2)],
         )
 
@@ -121,12 +121,12 @@ def publish_rows(
 ) -> None:
     """A word for each row."""
 
-    @plgpu.inline_mgpu(arg_types=(ITEM, plgpu.RefType(), _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(ITEM, plgpu.RefType(), ptx.SCALAR))
     def store(_: Any, value: Any, words: Any, begin: Any) -> None:
         row, column = _item_place()
-        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, column, _c(0))):
-            address = _address(words, arith.addi(begin.registers.item(), arith.muli(row, _c(stride))))
-            _store(address, [arith.bitcast(_type(), vector.extract(value.registers.item(), [], [0]))])
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, column, ptx.i32(0))):
+            address = ptx.address(words, arith.addi(begin.registers.item(), arith.muli(row, ptx.i32(stride))))
+            ptx.store(address, [arith.bitcast(ptx.word(), vector.extract(value.registers.item(), [], [0]))])
 
     store(value, words, begin)
 
@@ -139,13 +139,13 @@ def sum_rows(
 ) -> jax.Array:  # float32[8, 64], the same in all columns
     """Awaits the words of 8 rows and adds each row's in their order."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=_SUM)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR), return_type=_SUM)
     def read(_: Any, words: Any, begin: Any) -> Any:
         row, _ = _item_place()
-        first = arith.addi(begin.registers.item(), arith.muli(row, _c(stride)))
+        first = arith.addi(begin.registers.item(), arith.muli(row, ptx.i32(stride)))
         whole = num_words // _CHUNK * _CHUNK
-        chunks = _poll([_address(words, arith.addi(first, _c(i))) for i in range(0, whole, _CHUNK)], _CHUNK)
-        singles = _poll([_address(words, arith.addi(first, _c(i))) for i in range(whole, num_words)], 1)
+        chunks = _poll([ptx.address(words, arith.addi(first, ptx.i32(i))) for i in range(0, whole, _CHUNK)], _CHUNK)
+        singles = _poll([ptx.address(words, arith.addi(first, ptx.i32(i))) for i in range(whole, num_words)], 1)
         values = [arith.bitcast(ir.F32Type.get(), word) for group in (*chunks, *singles) for word in group]
         total = functools.reduce(arith.addf, values)
         return _item_array(vector.broadcast(ir.VectorType.get((_CHUNK,), ir.F32Type.get()), total))
@@ -170,29 +170,31 @@ def receive(
     row_words = num_slices * slice_len // 2
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(smem_transforms(TILE, jnp.bfloat16)), _SCALAR, _SCALAR, _SCALAR)
+        arg_types=(plgpu.RefType(), plgpu.RefType(smem_transforms(TILE, jnp.bfloat16)), *[ptx.SCALAR] * 3)
     )
     def copy(_: Any, source: Any, tiles: Any, slot: Any, first: Any, num_units: Any) -> None:
         slot, first, num_units = (x.registers.item() for x in (slot, first, num_units))
-        thread = arith.remui(mgpu.thread_idx(), _c(WARPGROUP))
-        slot_place = arith.muli(slot, _c(U * M * slice_len * 2))
-        last = arith.subi(num_units, _c(1))
+        thread = arith.remui(mgpu.thread_idx(), ptx.i32(WARPGROUP))
+        slot_place = arith.muli(slot, ptx.i32(U * M * slice_len * 2))
+        last = arith.subi(num_units, ptx.i32(1))
         addresses, places = [], []
         for i in range(U * M * row_chunks // WARPGROUP):
-            chunk = arith.addi(thread, _c(i * WARPGROUP))
-            rows, column = arith.divui(chunk, _c(row_chunks)), arith.remui(chunk, _c(row_chunks))
-            unit, row = arith.divui(rows, _c(M)), arith.remui(rows, _c(M))
+            chunk = arith.addi(thread, ptx.i32(i * WARPGROUP))
+            rows, column = arith.divui(chunk, ptx.i32(row_chunks)), arith.remui(chunk, ptx.i32(row_chunks))
+            unit, row = arith.divui(rows, ptx.i32(M)), arith.remui(rows, ptx.i32(M))
             # Past the last unit that is asked for, that one again.
-            wanted = arith.remui(arith.addi(first, arith.minui(unit, last)), _c(num_slices))
-            word = arith.addi(arith.muli(row, _c(row_words)), arith.muli(wanted, _c(slice_len // 2)))
-            addresses.append(_address(source, arith.addi(word, arith.addi(_c(begin), arith.muli(column, _c(_CHUNK))))))
+            wanted = arith.remui(arith.addi(first, arith.minui(unit, last)), ptx.i32(num_slices))
+            word = arith.addi(arith.muli(row, ptx.i32(row_words)), arith.muli(wanted, ptx.i32(slice_len // 2)))
+            addresses.append(
+                ptx.address(source, arith.addi(word, arith.addi(ptx.i32(begin), arith.muli(column, ptx.i32(_CHUNK)))))
+            )
             # Tiles of 8 rows of 128 bytes, whose chunks are swizzled.
-            row_tile, in_tile = arith.divui(rows, _c(8)), arith.remui(rows, _c(8))
-            tile = arith.addi(arith.muli(row_tile, _c(row_tiles)), arith.divui(column, _c(8)))
-            swizzled = arith.muli(arith.xori(arith.remui(column, _c(8)), in_tile), _c(16))
-            place = arith.addi(arith.muli(tile, _c(1024)), arith.addi(arith.muli(in_tile, _c(128)), swizzled))
+            row_tile, in_tile = arith.divui(rows, ptx.i32(8)), arith.remui(rows, ptx.i32(8))
+            tile = arith.addi(arith.muli(row_tile, ptx.i32(row_tiles)), arith.divui(column, ptx.i32(8)))
+            swizzled = arith.muli(arith.xori(arith.remui(column, ptx.i32(8)), in_tile), ptx.i32(16))
+            place = arith.addi(arith.muli(tile, ptx.i32(1024)), arith.addi(arith.muli(in_tile, ptx.i32(128)), swizzled))
             places.append(arith.addi(slot_place, place))
-        values = _poll(addresses, _CHUNK) if polled else [_load(address, _CHUNK) for address in addresses]
+        values = _poll(addresses, _CHUNK) if polled else [ptx.load(address, _CHUNK) for address in addresses]
         base = mgpu.memref_ptr(tiles)
         for place, words in zip(places, values, strict=True):
             address = mgpu.getelementptr(base, [place], ir.IntegerType.get_signless(8))
@@ -206,38 +208,22 @@ def empty(words: Any, cta: jax.Array, num_ctas: int) -> None:  # int32[n] in glo
     [size] = words.shape
     share = WARPGROUP * _CHUNK
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR))
     def store(_: Any, words: Any, cta: Any) -> None:
-        thread = arith.remui(mgpu.thread_idx(), _c(WARPGROUP))
-        mine = arith.muli(arith.addi(arith.muli(cta.registers.item(), _c(WARPGROUP)), thread), _c(_CHUNK))
+        thread = arith.remui(mgpu.thread_idx(), ptx.i32(WARPGROUP))
+        mine = arith.muli(arith.addi(arith.muli(cta.registers.item(), ptx.i32(WARPGROUP)), thread), ptx.i32(_CHUNK))
         for i in range(-(-size // (share * num_ctas))):
-            place = arith.addi(mine, _c(i * share * num_ctas))
-            with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, place, _c(size))):
-                _store(_address(words, place), [_c(EMPTY)] * _CHUNK)
+            place = arith.addi(mine, ptx.i32(i * share * num_ctas))
+            with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, place, ptx.i32(size))):
+                ptx.store(ptx.address(words, place), [ptx.i32(EMPTY)] * _CHUNK)
 
     store(words, cta)
-
-
-def _type() -> Any:
-    return ir.IntegerType.get_signless(32)
-
-
-def _c(value: int) -> Any:
-    return mgpu.c(value, _type())
-
-
-def _i32(index: Any) -> Any:
-    return arith.index_castui(_type(), index)
-
-
-def _address(ref: Any, word: Any) -> Any:
-    return mgpu.getelementptr(mgpu.memref_ptr(ref), [word], _type())
 
 
 def _item_place() -> tuple[Any, Any]:
     """Row and first column of a thread in the ITEM layout."""
     [place] = ITEM.to_mgpu().thread_idxs((ITEM_ROWS, COLUMNS))
-    row, column = (_i32(index) for index in place)
+    row, column = (ptx.as_word(index) for index in place)
     return row, column
 
 
@@ -249,46 +235,24 @@ def _item_array(value: Any) -> Any:
 
 
 def _floats(words: Sequence[Any]) -> Any:
-    integers = vector.from_elements(ir.VectorType.get((len(words),), _type()), list(words))
+    integers = vector.from_elements(ir.VectorType.get((len(words),), ptx.word()), list(words))
     return vector.bitcast(ir.VectorType.get((len(words),), ir.F32Type.get()), integers)
-
-
-def _load(address: Any, num_words: int) -> tuple[Any, ...]:
-    if num_words == 1:
-        return (
-            mgpu.inline_ptx(
-                "ld.relaxed.gpu.global.b32 $0, [$1];", address, result_types=_type(), has_side_effects=True
-            ),
-        )
-    return mgpu.inline_ptx(
-        "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];",
-        address,
-        result_types=[_type()] * 4,
-        has_side_effects=True,
-    )
-
-
-def _store(address: Any, words: Sequence[Any]) -> None:
-    kind = "" if len(words) == 1 else f".v{len(words)}"
-    places = ", ".join(f"${i + 1}" for i in range(len(words)))
-    places = places if len(words) == 1 else f"{{{places}}}"
-    mgpu.inline_ptx(f"st.relaxed.gpu.global{kind}.b32 [$0], {places};", address, *words, has_side_effects=True)
 
 
 def _poll(addresses: Sequence[Any], num_words: int) -> list[list[Any]]:
     """Reads the words at each address until none of all is empty; always all, so that they come together."""
     if not addresses:
         return []
-    types = [_type()] * (1 + num_words * len(addresses))
-    loop = scf.WhileOp(types, [_c(0)])
-    with ir.InsertionPoint(loop.before.blocks.append(_type())) as point:
-        times = arith.addi(point.block.arguments[0], _c(1))
-        words = [word for address in addresses for word in _load(address, num_words)]
+    types = [ptx.word()] * (1 + num_words * len(addresses))
+    loop = scf.WhileOp(types, [ptx.i32(0)])
+    with ir.InsertionPoint(loop.before.blocks.append(ptx.word())) as point:
+        times = arith.addi(point.block.arguments[0], ptx.i32(1))
+        words = [word for address in addresses for word in ptx.load(address, num_words)]
         largest = functools.reduce(arith.maxui, words)
-        scf.condition(arith.cmpi(arith.CmpIPredicate.eq, largest, _c(EMPTY)), [times, *words])
+        scf.condition(arith.cmpi(arith.CmpIPredicate.eq, largest, ptx.i32(EMPTY)), [times, *words])
     with ir.InsertionPoint(loop.after.blocks.append(*types)) as point:
         times = point.block.arguments[0]
-        mgpu.inline_ptx("trap;", predicate=arith.cmpi(arith.CmpIPredicate.eq, times, _c(_PATIENCE)))
+        mgpu.inline_ptx("trap;", predicate=arith.cmpi(arith.CmpIPredicate.eq, times, ptx.i32(_PATIENCE)))
         scf.yield_([times])
     words = list(loop.results)[1:]
     return [words[i : i + num_words] for i in range(0, len(words), num_words)]

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-_SCALAR = plgpu.Layout.WG_SPLAT(())
+from pallas_kernels import ptx
 
 
 def store_rows(
@@ -32,41 +32,29 @@ def store_rows(
 ) -> None:
     """Stores each token's first rows: row ``t * token_rows + i`` to row ``first_row + t * token_stride + i``."""
 
-    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), _SCALAR, _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
     def store(_: Any, value: Any, ref: Any, first_row: Any, num_tokens: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-
-        def constant(number: int) -> Any:
-            return mgpu.c(number, i32)
-
-        base, columns = mgpu.memref_ptr(ref), value.shape[1]
+        columns = ptx.i32(value.shape[1])
         for (row, column), register in zip(value.layout.thread_idxs(value.shape), value.registers.flat, strict=True):
-            row, column = arith.index_castui(i32, row), arith.index_castui(i32, column)
-            token, of_token = arith.divui(row, constant(token_rows)), arith.remui(row, constant(token_rows))
+            row, column = ptx.as_word(row), ptx.as_word(column)
+            token = arith.divui(row, ptx.i32(token_rows))
+            of_token = arith.remui(row, ptx.i32(token_rows))
             wanted = arith.cmpi(arith.CmpIPredicate.slt, token, num_tokens.registers.item())
             if stored_rows < token_rows:
-                real = arith.cmpi(arith.CmpIPredicate.slt, of_token, constant(stored_rows))
+                real = arith.cmpi(arith.CmpIPredicate.slt, of_token, ptx.i32(stored_rows))
                 wanted = arith.andi(wanted, real)
-            target = arith.addi(arith.muli(token, constant(token_stride)), of_token)
-            target = arith.muli(arith.addi(first_row.registers.item(), target), constant(columns))
-            address = mgpu.getelementptr(base, [arith.addi(target, column)], value.mlir_dtype)
-            _store(address, register, wanted)
+            target = arith.addi(arith.muli(token, ptx.i32(token_stride)), of_token)
+            target = arith.muli(arith.addi(first_row.registers.item(), target), columns)
+            address = ptx.address(ref, arith.addi(target, column), value.mlir_dtype)
+            ptx.store(address, _words(register), order="", predicate=wanted)
 
     store(value, ref, first_row, num_tokens)
 
 
-def _store(address: Any, register: Any, predicate: Any) -> None:
-    """The neighbouring values that a thread has of one row."""
-    [num_values] = ir.VectorType(register.type).shape
-    num_bits = num_values * mgpu.bitwidth(ir.VectorType(register.type).element_type)
-    word_bits = min(num_bits, 32)
-    num_words = num_bits // word_bits
-    word = ir.IntegerType.get_signless(word_bits)
-    words = vector.bitcast(ir.VectorType.get((num_words,), word), register)
-    values = [vector.extract(words, [], [i]) for i in range(num_words)]
-    kind = "" if num_words == 1 else f".v{num_words}"
-    places = ", ".join(f"${i + 1}" for i in range(num_words))
-    places = places if num_words == 1 else f"{{{places}}}"
-    mgpu.inline_ptx(
-        f"st.global{kind}.b{word_bits} [$0], {places};", address, *values, predicate=predicate, has_side_effects=True
-    )
+def _words(register: Any) -> list[Any]:
+    """The neighbouring values that a thread has of one row, as words; a single value of 16 bits as it is."""
+    vector_type = ir.VectorType(register.type)
+    num_bits = vector_type.shape[0] * mgpu.bitwidth(vector_type.element_type)
+    bits = min(num_bits, 32)
+    words = vector.bitcast(ir.VectorType.get((num_bits // bits,), ir.IntegerType.get_signless(bits)), register)
+    return [vector.extract(words, [], [i]) for i in range(num_bits // bits)]

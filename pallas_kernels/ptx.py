@@ -1,0 +1,70 @@
+"""Single threads' accesses to global memory, inside ``plgpu.inline_mgpu``: what Mosaic has no operation for.
+
+A word is an int32. Addresses are pointers of LLVM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+SCALAR = plgpu.Layout.WG_SPLAT(())  # of an int32[] that goes into the inline function
+
+
+def word() -> Any:
+    """The type of a word."""
+    return ir.IntegerType.get_signless(32)
+
+
+def i32(value: int) -> Any:
+    """A constant word."""
+    return mgpu.c(value, word())
+
+
+def as_word(index: Any) -> Any:
+    """Of an index."""
+    return arith.index_castui(word(), index)
+
+
+def address(ref: Any, place: Any, dtype: Any = None) -> Any:
+    """Of the element at ``place``, a word, in a ref; of its words where no ``dtype`` of MLIR is given."""
+    return mgpu.getelementptr(mgpu.memref_ptr(ref), [place], word() if dtype is None else dtype)
+
+
+def load(address: Any, num_words: int) -> tuple[Any, ...]:
+    """1 or 4 words, relaxed in the GPU's scope."""
+    if num_words == 1:
+        return (
+            mgpu.inline_ptx("ld.relaxed.gpu.global.b32 $0, [$1];", address, result_types=word(), has_side_effects=True),
+        )
+    return mgpu.inline_ptx(
+        "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+        address,
+        result_types=[word()] * 4,
+        has_side_effects=True,
+    )
+
+
+def store(address: Any, values: Sequence[Any], order: str = ".relaxed.gpu", predicate: Any = None) -> None:
+    """1, 2 or 4 values of 16 or 32 bits.
+
+    Args:
+        order: empty where nobody reads them before the kernel's end.
+        predicate: whether this thread stores; None does.
+    """
+    kind = "" if len(values) == 1 else f".v{len(values)}"
+    places = ", ".join(f"${i + 1}" for i in range(len(values)))
+    places = places if len(values) == 1 else f"{{{places}}}"
+    bits = mgpu.bitwidth(values[0].type)
+    mgpu.inline_ptx(
+        f"st{order}.global{kind}.b{bits} [$0], {places};",
+        address,
+        *values,
+        predicate=predicate,
+        has_side_effects=True,
+    )
