@@ -201,12 +201,9 @@ class Compiler:
         """Whether a step's kernels take the device less time than launching them one by one takes the host.
 
         Then they are a graph. Otherwise the first of them had better run while the host launches the others: a graph is
-        launched when all of it has been recorded.
+        launched when all of it has been recorded. A draft model's layers, in the same step, are no larger.
         """
-        models = [self.model] if self.drafter is None else [self.model, self.drafter.model]
-        layers = sum(model.config.num_layers for model in models)
-        weights = sum(model.layer_size * model.config.num_layers for model in models)
-        return weights / layers / self.attention.mesh.size * num_tokens <= _MOST_WORK_OF_A_GRAPH
+        return self.model.layer_size / self.attention.mesh.size * num_tokens <= _MOST_WORK_OF_A_GRAPH
 
     def _product_options(self, num_tokens: int) -> Mapping[str, Any] | None:
         """Options for XLA:GPU's products of so many rows; none where they unpack weights, which cuBLAS doesn't."""
