@@ -26,6 +26,11 @@ def i32(value: int) -> Any:
     return mgpu.c(value, word())
 
 
+def less(a: Any, b: Any) -> Any:
+    """Of two words, signed."""
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
 def as_word(index: Any) -> Any:
     """Of an index."""
     return arith.index_castui(word(), index)

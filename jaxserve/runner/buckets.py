@@ -57,6 +57,11 @@ def burst_buckets(rows: tuple[int, ...], max_drafts: int) -> tuple[tuple[int, in
     return tuple(dict.fromkeys([(fewest, fewest), (wide, fewest)]))
 
 
+def burst_width(num_tokens: int, num_rows: int, max_drafts: int) -> int | None:
+    """How many tokens a row of such a burst has at most; None where it may be any number."""
+    return 1 if num_tokens == num_rows and not max_drafts else None
+
+
 def burst_len(num_rows: int, longest: int) -> int:
     """Steps of a burst of so many rows, where ``longest`` are allowed."""
     return longest if num_rows <= _LONG_BURST_ROWS else min(longest, 2)

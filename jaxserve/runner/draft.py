@@ -75,7 +75,7 @@ def propose(
     def draft_one(j: jax.Array, carry: tuple[tuple[KVPool, ...], jax.Array]) -> tuple[tuple[KVPool, ...], jax.Array]:
         pools, drafts = carry
         active = (wanted > j).astype(jnp.int32)
-        layout = lay_out(slots.block_table[0], where, newest_at + j, active, num_tokens=R, config=config)
+        layout = lay_out(slots.block_table[0], where, newest_at + j, active, num_tokens=R, config=config, max_width=1)
         token = jnp.where(j == 0, newest, drafts[:, jnp.maximum(j - 1, 0)])  # [R]
         hidden, pools = model.hidden(
             params, token[layout.row], layout.position, pools, attention.bind(layout.batch)

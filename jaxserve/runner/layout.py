@@ -33,8 +33,9 @@ def lay_out(
     *,
     num_tokens: int,
     config: RunnerConfig,
+    max_width: int | None = None,
 ) -> Layout:
-    """Packs the rows into T = num_tokens tokens, which must hold them."""
+    """Packs the rows into T = num_tokens tokens, which must hold them. ``max_width`` bounds the widths, where known."""
     ends = jnp.cumsum(widths)
     starts = ends - widths
     token = jnp.arange(num_tokens)
@@ -50,5 +51,6 @@ def lay_out(
         cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
         token_block=jnp.where(real, block, config.num_blocks),
         token_offset=position % config.block_size,
+        max_width=max_width,
     )
     return Layout(row, slots[row], position, ends, batch)

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from jaxserve.models.registry import Model
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention
-from jaxserve.runner.buckets import pick_forward
+from jaxserve.runner.buckets import burst_width, pick_forward
 from jaxserve.runner.compile import compile_all
 from jaxserve.runner.compiler import ADMISSION_ROWS, Compiler
 from jaxserve.runner.config import RunnerConfig
@@ -151,14 +151,14 @@ class Runner:
     def _burst_key(self, plans: Sequence[StepPlan]) -> BurstKey | None:
         """The executable for a burst of these; None where one of them isn't a step that a burst can make.
 
-        A burst's steps sample at every row, admit nobody and score no prompts. Where a model drafts, it drafts in all
-        of them.
+        A burst's steps sample at every row, admit nobody and score no prompts. Where nothing drafts, rows have one
+        token: attention is compiled for that. Where a model drafts, it drafts in all of them.
         """
         burst = self._started().burst
         if not burst:
             return None
         num_tokens = num_rows = 0
-        tier = Tier.GREEDY
+        tier, is_narrow = Tier.GREEDY, True
         for plan in plans:
             if plan.admissions or not plan.samples.all():
                 return None
@@ -168,7 +168,12 @@ class Runner:
             if self._drafter is not None and not plan.num_drafts.any():
                 return None
             num_tokens, num_rows = max(num_tokens, plan.num_tokens), max(num_rows, len(plan.slots))
-        return next((key for key in burst if key.serves(tier, num_tokens, num_rows)), None)
+            is_narrow &= plan.num_tokens == len(plan.slots)
+        fitting = (key for key in burst if key.serves(tier, num_tokens, num_rows))
+        return next((key for key in fitting if is_narrow or self._width(key) is None), None)
+
+    def _width(self, key: BurstKey) -> int | None:
+        return burst_width(key.num_tokens, key.num_rows, self.config.max_drafts)
 
     def _dispatch_burst(self, plans: Sequence[StepPlan], key: BurstKey) -> list[Dispatched]:
         words = self._run_burst(key, np.stack([pack_plan(plan, self.config) for plan in plans]))

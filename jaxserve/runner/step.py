@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from jaxserve.models.registry import Model
 from jaxserve.runner.attend import PagedAttention
+from jaxserve.runner.buckets import burst_width
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.draft import propose as draft_tokens
 from jaxserve.runner.layout import lay_out
@@ -117,15 +118,20 @@ def compute(
     config: RunnerConfig,
     num_tokens: int,
     num_rows: int,
+    max_width: int | None = None,
 ) -> tuple[tuple[tuple[KVPool, ...], ...], Scratch]:
     """The models' passes over the staged rows' tokens, and what they leave: ``sampled`` [R, K+1, E], ``tokens`` [T, E].
 
-    The first model is the one that speaks. A draft model may follow: only its KV is wanted.
+    ``max_width`` bounds a row's tokens, where known. The first model is the one that speaks. A draft model may follow:
+    only its KV is wanted.
     """
     T, R, S, K = num_tokens, num_rows, config.max_num_seqs, config.max_drafts
     widths = slots.plan.widths[:R]
     where = jnp.minimum(slots.plan.slots[:R], S - 1)  # padding rows point at some slot; their width is 0
-    layout = lay_out(slots.block_table[0], where, slots.computed_len[where], widths, num_tokens=T, config=config)
+    first_position = slots.computed_len[where]
+    layout = lay_out(
+        slots.block_table[0], where, first_position, widths, num_tokens=T, config=config, max_width=max_width
+    )
     slot, position = layout.slot, layout.position
     token_ids = slots.tokens[slot, jnp.minimum(position, config.max_model_len - 1)]
     if K:
@@ -235,7 +241,16 @@ def burst(
                 num_rows=num_rows,
             )
             kv = (kv[0], draft_kv)
-        kv, hidden = compute(params, kv, slots, models=models, config=config, num_tokens=num_tokens, num_rows=num_rows)
+        kv, hidden = compute(
+            params,
+            kv,
+            slots,
+            models=models,
+            config=config,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            max_width=burst_width(num_tokens, num_rows, config.max_drafts),
+        )
         slots, words = sample(
             heads[0],
             slots,

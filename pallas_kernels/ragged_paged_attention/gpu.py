@@ -74,10 +74,12 @@ def attend_tuned(
     T, Hq, D = q.shape
     Hk, R = spec.num_kv_heads, batch.context_lens.shape[0]
     with_prefill = T > R
+    group_rows = gpu_decode.group_rows(spec)
+    tile_tokens = decode_tile_tokens(spec, batch.max_width)
     work = gpu_plan.decode_plan(
         batch,
         T,
-        tile_tokens=gpu_decode.tile_tokens(spec),
+        tile_tokens=tile_tokens,
         num_kv_heads=Hk,
         num_workers=decode_config.num_ctas,
         num_blocks=pool.values.shape[0],
@@ -87,7 +89,9 @@ def attend_tuned(
         short_only=with_prefill,
     )
     table = batch.block_table
-    out, part, lse = gpu_decode.decode(q, pool.values, pool.scales, table, work, spec, decode_config, sinks)
+    out, part, lse = gpu_decode.decode(
+        q, pool.values, pool.scales, table, work, spec, decode_config, sinks, tile_tokens
+    )
     flat_ref = jax.new_ref(out.reshape(T * Hq, D))
     gpu_combine.combine(
         flat_ref,
@@ -96,9 +100,9 @@ def attend_tuned(
         work,
         num_heads=Hq,
         num_kv_heads=Hk,
-        group_rows=gpu_decode.group_rows(spec),
+        group_rows=group_rows,
         # Most rows of a decode bucket have one token. Those of a short prompt or of drafts share half as many CTAs.
-        token_ctas=gpu_decode.tile_tokens(spec) // (1 if T > R else 2),
+        token_ctas=max(1, tile_tokens // (1 if with_prefill else 2)),
     )
     out = jax.freeze(flat_ref).reshape(T, Hq, D)
     if not with_prefill:
@@ -107,6 +111,12 @@ def attend_tuned(
     out_ref = jax.new_ref(out)
     gpu_prefill.prefill(q, pool.values, pool.scales, table, out_ref, tiles, spec, prefill_config, sinks)
     return jax.freeze(out_ref)
+
+
+def decode_tile_tokens(spec: AttentionSpec, max_width: int | None) -> int:
+    """Tokens of a decode tile."""
+    most = 5 if gpu_decode.group_rows(spec) == 8 or spec.head_dim < 256 else 2
+    return most if max_width is None else min(most, max_width)
 
 
 def configs(spec: AttentionSpec) -> tuple[gpu_decode.DecodeConfig, gpu_prefill.PrefillConfig]:

@@ -24,8 +24,7 @@ MAX_SHORT = 8  # rows with at most this many query tokens go to the decode kerne
 ROW, FIRST_TOKEN, NUM_TOKENS, FIRST_POS, FIRST_UNIT, NUM_UNITS, KV_LEN = range(7)
 # Columns of a worker's description. It writes zeros for padding token FIRST_PADDING and every C-th after that. What it
 # fetches first is said beside it, since reads that wait for each other are much of a small batch's time: how many units
-# it has of the tile that it starts with, and the places (see unit_place) of the first NUM_PLACES of them (not read for
-# fp8).
+# it has of the tile that it starts with, and the places (see unit_place) of the first NUM_PLACES of them.
 START_TILE, START_HEAD, START_UNIT, WORKER_UNITS, FIRST_PADDING, FIRST_UNITS, FIRST_PLACE = range(7)
 NUM_PLACES = 8
 # Columns of a split tile's description. SPLIT_TOKENS is 0 for no tile; FIRST_SLOT says whether its first piece is its

@@ -22,7 +22,7 @@ from pallas_kernels.ragged_paged_attention.types import AttentionSpec
 
 LOG2E = math.log2(math.e)
 _PART = 16  # rows of a unit that are left out of a copy together
-_NO_MAXIMUM = -1e30  # start of running maxima: finite, so that a wholly masked row has alpha = 1 and p = 0
+NO_MAXIMUM = -1e30  # start of running maxima: finite, so that a wholly masked row has alpha = 1 and p = 0
 
 
 def smem_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
@@ -74,10 +74,9 @@ def mask(
     q_pos: jax.Array,  # int32[M, N]
     kv_pos: jax.Array,  # int32[M, N]
     spec: AttentionSpec,
-    end_key: jax.Array | None = None,  # of keys at or past it, others take care
 ) -> jax.Array:  # float32[M, N]
     """-inf where the causal rule or the window hides the key."""
-    visible = kv_pos <= (q_pos if end_key is None else jnp.minimum(q_pos, end_key - 1))
+    visible = kv_pos <= q_pos
     if spec.sliding_window is not None:
         visible &= kv_pos > q_pos - spec.sliding_window
     return jnp.where(visible, x, -jnp.inf)
@@ -215,4 +214,4 @@ def new_accumulator(rows: int, dim: int) -> tuple[jax.Array, jax.Array, jax.Arra
     """(acc, m, l) before any key."""
     per_row = functools.partial(plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA.reduce(1))
     acc = plgpu.layout_cast(jnp.zeros((rows, dim), jnp.float32), plgpu.Layout.WGMMA)
-    return acc, per_row(jnp.full((rows,), _NO_MAXIMUM, jnp.float32)), per_row(jnp.zeros((rows,), jnp.float32))
+    return acc, per_row(jnp.full((rows,), NO_MAXIMUM, jnp.float32)), per_row(jnp.zeros((rows,), jnp.float32))

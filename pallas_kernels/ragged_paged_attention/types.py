@@ -7,7 +7,7 @@ block size, Hq/Hk query/KV heads, G = Hq/Hk, D head dim, Ds the implementation's
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -57,6 +57,8 @@ class RaggedBatch:
     cu_q_lens: jax.Array  # int32[R+1]
     token_block: jax.Array  # int32[T], pool block that token t's KV goes to; N or more = nowhere
     token_offset: jax.Array  # int32[T], its row in that block
+    # Static: no row has more query tokens; None if that isn't known. An implementation may be faster for it.
+    max_width: int | None = field(default=None, metadata={"static": True})
 
 
 Implementation = str  # "xla" | "pallas_gpu" | "pallas_tpu"

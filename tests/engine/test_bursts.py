@@ -11,7 +11,6 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.runner import buckets
 
 BURST = 3
-SHORT = {"adaptive_drafts": None, "max_drafts": 2}  # as many tokens as a burst has room for
 DRAFTS = {  # those of test_speculation.py and test_speculation_model.py: only the bursts are compiled here
     "no drafts": None,
     "ngram": speculative(8),
@@ -26,6 +25,12 @@ PLAIN = [
 @pytest.fixture(scope="module", params=DRAFTS)
 def bursting(request, tiny):
     return tiny("llama", **SMALL, steps_per_dispatch=BURST, speculative_config=DRAFTS[request.param])
+
+
+@pytest.fixture
+def short(bursting):
+    """As many drafts as a burst has room for."""
+    return {"adaptive_drafts": None, "max_drafts": 2} if bursting.config.speculative_config else {}
 
 
 @pytest.fixture
@@ -49,19 +54,19 @@ def want(tiny):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_setting_alone(bursting, calls, want, reference, name):
+def test_each_setting_alone(bursting, short, calls, want, reference, name):
     at = list(CASES).index(name)
     params = [CASES[name]]
-    with bursting.llm(**SHORT) as llm:
+    with bursting.llm(**short) as llm:
         assert_same(answers(llm, [prompts()[at]], params), [want[0][at]], params, reference("llama"))
     assert set(calls) <= {1, BURST}
     assert BURST in calls
 
 
-def test_what_no_burst_samples_goes_step_by_step(bursting, calls):
+def test_what_no_burst_samples_goes_step_by_step(bursting, short, calls):
     """Truncation and penalties together."""
     both = CASES["truncated"].with_changes(frequency_penalty=0.1)
-    with bursting.llm(**SHORT) as llm:
+    with bursting.llm(**short) as llm:
         answers(llm, prompts()[-1:], [both])
     assert set(calls) == {1}
 
@@ -71,9 +76,9 @@ def test_what_no_burst_samples_goes_step_by_step(bursting, calls):
     [{}, {"max_num_seqs": 1}, {"num_blocks": 17, "admission_headroom_len": 0}, {"max_prefill_chunk_len": 4}],
     ids=["at once", "one slot", "preempted", "chunks of 4"],
 )
-def test_many_that_come_and_go(bursting, calls, want, reference, way):
+def test_many_that_come_and_go(bursting, short, calls, want, reference, way):
     """Twice: the second time the prefixes are cached."""
-    with bursting.llm(**SHORT, **way) as llm:
+    with bursting.llm(**short, **way) as llm:
         for _ in range(2):
             got = answers(llm, prompts(1, len(PLAIN)), PLAIN)
             assert_same(got, want[1], PLAIN, reference("llama"))
@@ -101,10 +106,30 @@ def test_large_bursts_are_shorter_than_small_ones(tiny, want, reference, monkeyp
     assert found == {(1, 3)}
 
 
-def test_drafts_are_accepted_in_bursts(bursting, calls):
+def test_rows_of_several_tokens_burst_only_beside_drafts(bursting, short, monkeypatch):
+    """A prompt's last chunk samples and admits nobody, as a burst's steps do. Attention of a burst without drafts is
+    compiled for rows of one token."""
+    runner, widths = bursting.engine.core.runner, []
+    burst = runner._dispatch_burst
+    monkeypatch.setattr(
+        runner, "_dispatch_burst", lambda plans, key: widths.extend(p.widths.max() for p in plans) or burst(plans, key)
+    )
+    chunked = []
+    with bursting.llm(
+        watch=lambda plan: chunked.append(plan.widths.max() == 2 and not plan.admissions),
+        max_prefill_chunk_len=2,
+        **short,
+    ) as llm:
+        llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}], SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)
+    assert any(chunked)
+    if not bursting.config.speculative_config:
+        assert len(widths) > 0 and max(widths) == 1
+
+
+def test_drafts_are_accepted_in_bursts(bursting, short, calls):
     if not bursting.config.speculative_config:
         pytest.skip("an engine without drafts")
-    with bursting.llm(**SHORT) as llm:
+    with bursting.llm(**short) as llm:
         (output,) = answers(llm, [prompts()[-1]], [SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)])
     assert output.metrics.num_accepted_tokens > 10
     assert BURST in calls

@@ -1,7 +1,8 @@
 """The Mosaic GPU kernels: what they refuse (anywhere), and the contract of every implementation (on a Hopper GPU).
 
-Mosaic's interpreter runs no wgmma with operands in registers, which the decode and the prefill kernel use: their
-numbers need the hardware. The combination of partial results runs in it, but for its stores, which are PTX.
+Mosaic's interpreter runs no wgmma with operands in registers, which the prefill kernel uses, and no PTX, with which the
+decode kernel stores: their numbers need the hardware. The combination of partial results runs in it, but for its
+stores.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import AttentionContract, make_case, make_spec
+from attention_cases import AttentionContract, check, make_case, make_spec
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -49,9 +50,10 @@ def test_required_shapes_are_supported_and_fit_into_shared_memory(head_dim: int,
     assert gpu.kv_layout(spec) == KVLayout(storage_dim=head_dim)
     decode, prefill = gpu.configs(spec)
     fp8 = kv_dtype != "bfloat16"
-    # Queries, their copy for wgmma, K and V, and what waits to be widened.
-    decode_bytes = 64 * head_dim * (2 + 2) + decode.stages * decode.block_kv * head_dim * 2 * 2
-    decode_bytes += fp8 * 2 * decode.raw_stages * 64 * head_dim
+    # Queries and their copy for wgmma, the softmax's weights and its maxima, K and V, and widened V.
+    rows = gpu.decode_tile_tokens(spec, None) * gpu_decode.group_rows(spec)
+    decode_bytes = rows * (head_dim * (2 + 2) + 64 * 2 + 128 + 4)
+    decode_bytes += decode.stages * 64 * head_dim * 2 * (1 if fp8 else 2) + decode.wide_stages * 64 * head_dim * 2
     prefill_bytes = 128 * head_dim * (2 + 2) + prefill.stages * prefill.block_kv * head_dim * 2 * 2
     prefill_bytes += fp8 * prefill.raw_stages * 64 * head_dim
     assert decode_bytes < SHARED_MEMORY - 2048
@@ -61,7 +63,11 @@ def test_required_shapes_are_supported_and_fit_into_shared_memory(head_dim: int,
 @pytest.mark.parametrize("num_heads", range(1, gpu.MAX_GROUP + 1))
 def test_tiles_hold_whole_tokens(num_heads: int) -> None:
     spec = make_spec(**{**BASE, "num_heads": num_heads, "num_kv_heads": 1})
-    assert gpu_decode.tile_tokens(spec) * gpu_decode.group_rows(spec) == gpu_decode.ROWS
+    for head_dim in gpu.HEAD_DIMS:
+        spec = make_spec(**{**BASE, "num_heads": num_heads, "num_kv_heads": 1, "head_dim": head_dim})
+        assert num_heads <= gpu_decode.group_rows(spec) <= num_heads + 8
+        assert gpu.decode_tile_tokens(spec, 1) == 1
+        assert gpu.decode_tile_tokens(spec, None) == gpu.decode_tile_tokens(spec, 8) >= 2
     assert gpu_prefill.ROWS // 2 < gpu_prefill.tile_tokens(spec) * num_heads <= gpu_prefill.ROWS
 
 
@@ -71,7 +77,7 @@ def test_registers_of_a_block_suffice() -> None:
         for head_dim in gpu.HEAD_DIMS:
             decode, _ = gpu.configs(make_spec(**{**BASE, "kv_dtype": kv_dtype, "head_dim": head_dim}))
             fetchers = 1 if kv_dtype == "bfloat16" else 2
-            asked = decode.compute_registers + fetchers * decode.memory_registers
+            asked = decode.compute_registers + decode.memory_registers + decode.widen_registers
             warpgroups = 1 + fetchers
             # A thread starts with a multiple of 8 registers.
             assert asked <= warpgroups * (65536 // (warpgroups * 128) // 8 * 8)
@@ -87,14 +93,14 @@ def test_the_combination_in_the_interpreter(num_heads: int, head_dim: int, token
     table = jnp.zeros((4, 47), jnp.int32)
     cu_q_lens = jnp.asarray(np.concatenate([[0], np.cumsum(widths)]), jnp.int32)
     batch = RaggedBatch(table, jnp.asarray(contexts, jnp.int32), cu_q_lens, none, none)
-    T, TQ, PG, C = sum(widths), gpu_decode.tile_tokens(spec), gpu_decode.group_rows(spec), 20
+    T, TQ, PG, C = sum(widths), gpu.decode_tile_tokens(spec, None), gpu_decode.group_rows(spec), 20
     work = gpu_plan.decode_plan(
         batch, T, tile_tokens=TQ, num_kv_heads=2, num_workers=C, num_blocks=64, block_size=64, window=None,
         min_tile_units=1, short_only=False,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    part = rng.standard_normal((2 * C, 64, head_dim)).astype(np.float32)
-    lse = np.repeat(rng.uniform(-9, 9, (2 * C, 64, 1)).astype(np.float32), head_dim, axis=2)
+    part = rng.standard_normal((2 * C, TQ * PG, head_dim)).astype(np.float32)
+    lse = np.repeat(rng.uniform(-9, 9, (2 * C, TQ * PG, 1)).astype(np.float32), head_dim, axis=2)
     untouched = rng.standard_normal((T * num_heads, head_dim)).astype(jnp.bfloat16)
 
     def store(value: jax.Array, out: Any, row: jax.Array, num_tokens: jax.Array, *, stored_rows: int, **_: Any) -> None:
@@ -119,7 +125,7 @@ def test_the_combination_in_the_interpreter(num_heads: int, head_dim: int, token
     for first_token, num_tokens, head, worker, slot, num_pieces in splits:
         pieces = [2 * worker + slot] + [2 * (worker + i) for i in range(1, num_pieces)]
         weights = np.exp2(lse[pieces] - lse[pieces].max(axis=0))
-        joined = (weights * part[pieces]).sum(axis=0) / weights.sum(axis=0)  # [64, D]
+        joined = (weights * part[pieces]).sum(axis=0) / weights.sum(axis=0)  # [rows, D]
         for i in range(num_tokens):
             row = (first_token + i) * num_heads + head * G
             want[row : row + G] = joined[i * PG : i * PG + G]
@@ -185,6 +191,25 @@ class TestPallasGpu(AttentionContract):
         self.run([(1000, 1000), (700, 300), (65, 1), (129, 20), (127, 9), (5, 5), (0, 0), (4000, 1)], spec)
         self.run([(4099, 1), (128, 1), (129, 1), (64, 1), (1, 1), (0, 0), (2050, 1)], spec)
 
+    @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
+    @pytest.mark.parametrize(
+        ("num_heads", "num_kv_heads", "head_dim"), [(8, 2, 64), (7, 1, 128), (32, 2, 128), (6, 2, 256)]
+    )
+    def test_rows_that_are_known_to_have_one_token(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, kv_dtype: str
+    ) -> None:
+        spec = self.spec(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            kv_dtype=kv_dtype,
+            scale=head_dim**-0.5,
+            has_sinks=True,
+        )
+        rows = [(1, 1), (64, 1), (65, 1), (0, 0), (1000, 1), (4099, 1), (127, 1), (0, 0)]
+        case = make_case(spec, rows, layout=self.kv_layout(spec), num_tokens=8)
+        check(self.attend, dataclasses.replace(case, batch=dataclasses.replace(case.batch, max_width=1)))
+
     @pytest.mark.parametrize("window", [1, 100, 700])
     @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
     def test_windows_over_split_contexts(self, kv_dtype: str, window: int) -> None:
@@ -215,7 +240,7 @@ class TestPallasGpu(AttentionContract):
                 {},
                 {"stages": 2},
                 {"num_ctas": 264, "stages": 2},
-                {"block_kv": 128, "stages": 4},
+                {"stages": 3},
             )
         ]
         for other in out[1:]:

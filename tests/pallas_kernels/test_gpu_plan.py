@@ -90,7 +90,7 @@ def widths_of_tokens(rows: Rows, num_tokens: int) -> np.ndarray:
 @given(
     case=rows_and_tokens(),
     window=st.sampled_from([None, 100]),
-    tile_tokens=st.sampled_from([4, 8]),
+    tile_tokens=st.sampled_from([1, 2, 5]),
     min_tile_units=st.sampled_from([1, 3, 9]),
 )
 @pytest.mark.parametrize("short_only", [False, True])
@@ -169,7 +169,7 @@ def test_prefill_tiles_hold_the_long_rows_by_falling_cost(
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(1, 1), (8, 8), (256, 256), (8, 256), (8192, 256), (40, 8)])
 def test_bounds_on_tiles_hold_for_the_worst_rows(num_tokens: int, num_rows: int) -> None:
     """As many rows as fit one token over a multiple of the tile."""
-    for tile_tokens in (4, 8, 32):
+    for tile_tokens in (1, 2, 5, 8, 32):
         rows: Rows = []
         left = num_tokens
         while left and len(rows) < num_rows:
@@ -187,7 +187,7 @@ def test_bounds_on_tiles_hold_for_the_worst_rows(num_tokens: int, num_rows: int)
 def test_padding_tokens_are_zeroed_by_one_worker_each() -> None:
     rows: Rows = [(5, 1), (0, 0), (90, 3), (0, 0), (0, 0)]
     for num_tokens in (4, 5, 40):
-        work = plan_of(rows, num_tokens, tile_tokens=8, window=None, min_tile_units=2, short_only=False)
+        work = plan_of(rows, num_tokens, tile_tokens=5, window=None, min_tile_units=2, short_only=False)
         first = np.asarray(work.workers)[:, plan.FIRST_PADDING]
         zeroed = sorted(token for start in first for token in range(start, num_tokens, NUM_WORKERS))
         assert zeroed == list(range(4, num_tokens))

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.runner.buckets import burst_buckets, burst_len, pick_forward, pick_rows, row_buckets, token_buckets
+from jaxserve.runner.buckets import (
+    burst_buckets,
+    burst_len,
+    burst_width,
+    pick_forward,
+    pick_rows,
+    row_buckets,
+    token_buckets,
+)
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.executables import burst_keys, sample_keys
 from jaxserve.sampling.tier import Tier
@@ -78,6 +86,10 @@ def test_bursts_with_drafts_have_few_rows_and_room_for_the_drafts():
     assert burst_buckets((8, 32, 64, 128), 4) == ((8, 8), (64, 8))
     assert burst_buckets((8, 32, 64, 128), 19) == ((8, 8), (128, 8))
     assert burst_buckets((8,), 0) == burst_buckets((8,), 4) == ((8, 8),)
+
+
+def test_only_bursts_without_drafts_have_one_token_a_row():
+    assert [burst_width(8, 8, 0), burst_width(8, 8, 4), burst_width(64, 8, 4)] == [1, None, None]
 
 
 def test_large_bursts_are_short():
