@@ -41,11 +41,11 @@ def address(ref: Any, place: Any, dtype: Any = None) -> Any:
     return mgpu.getelementptr(mgpu.memref_ptr(ref), [place], word() if dtype is None else dtype)
 
 
-def load(address: Any, num_words: int) -> tuple[Any, ...]:
-    """1 or 4 words, relaxed in the GPU's scope."""
+def load(address: Any, num_words: int, order: str = ".relaxed.gpu") -> tuple[Any, ...]:
+    """1 or 4 words; 4 are relaxed in the GPU's scope."""
     if num_words == 1:
         return (
-            mgpu.inline_ptx("ld.relaxed.gpu.global.b32 $0, [$1];", address, result_types=word(), has_side_effects=True),
+            mgpu.inline_ptx(f"ld{order}.global.b32 $0, [$1];", address, result_types=word(), has_side_effects=True),
         )
     return mgpu.inline_ptx(
         "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];",

@@ -88,8 +88,8 @@ class Case:
 
     @property
     def attention_kernels(self) -> int:
-        """Of a layer. TPU: short rows and long rows. GPU: short rows, combine, and long rows if T > R."""
-        return 3 if self.target == "h100" and self.num_tokens > MAX_SEQS else 2
+        """Of a layer. TPU: short rows and long rows. GPU: short rows, and long rows if T > R."""
+        return 1 if self.target == "h100" and self.num_tokens <= MAX_SEQS else 2
 
     @property
     def fuses_layers(self) -> bool:

@@ -3,8 +3,8 @@
 Decode is held against a device-to-device copy (bytes of K and V over time), prefill against cuDNN's dense causal
 attention on the same shape (a chunk over a cached context: against cuDNN's rate on 1 x 8192). A case is a compiled
 chain of 32 calls or more, like the layers of a step: each call's output is the next one's query, the work lists are
-computed once, and the pools (random, 512 MB in all or more, so that L2 doesn't help) take turns. Times are per call,
-with the combination of splits, of chains dispatched back to back.
+computed once, and the pools (random, 512 MB in all or more, so that L2 doesn't help) take turns. Times are per
+call, of chains dispatched back to back.
 
     python scripts/bench_kernels.py [--cases decode 1x8192] [--repeats 5] [--plot roofline.png] [--json out.json]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.ragged_paged_attention import gpu_combine, gpu_decode, gpu_plan, gpu_prefill
+from pallas_kernels.ragged_paged_attention import gpu_decode, gpu_plan, gpu_prefill
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch, Sinks
 
 HEAD_DIMS = (64, 128, 256)
@@ -74,7 +74,6 @@ def attend_tuned(
     T, Hq, D = q.shape
     Hk, R = spec.num_kv_heads, batch.context_lens.shape[0]
     with_prefill = T > R
-    group_rows = gpu_decode.group_rows(spec)
     tile_tokens = decode_tile_tokens(spec, batch.max_width)
     work = gpu_plan.decode_plan(
         batch,
@@ -89,22 +88,7 @@ def attend_tuned(
         short_only=with_prefill,
     )
     table = batch.block_table
-    out, part, lse = gpu_decode.decode(
-        q, pool.values, pool.scales, table, work, spec, decode_config, sinks, tile_tokens
-    )
-    flat_ref = jax.new_ref(out.reshape(T * Hq, D))
-    gpu_combine.combine(
-        flat_ref,
-        part,
-        lse,
-        work,
-        num_heads=Hq,
-        num_kv_heads=Hk,
-        group_rows=group_rows,
-        # Most rows of a decode bucket have one token. Those of a short prompt or of drafts share half as many CTAs.
-        token_ctas=max(1, tile_tokens // (1 if with_prefill else 2)),
-    )
-    out = jax.freeze(flat_ref).reshape(T, Hq, D)
+    out = gpu_decode.decode(q, pool.values, pool.scales, table, work, spec, decode_config, sinks, tile_tokens)
     if not with_prefill:
         return out
     tiles = gpu_plan.prefill_plan(batch, T, tile_tokens=gpu_prefill.tile_tokens(spec), window=spec.sliding_window)

@@ -1,17 +1,17 @@
 """Decode kernel for Hopper: rows with few query tokens, bound by the bandwidth of reading K and V.
 
-A tile is a matrix ``[N, D]`` of queries: ``tile_tokens`` tokens, each with the G heads of one KV head padded to
+A tile is a matrix ``[M, D]`` of queries: ``tile_tokens`` tokens, each with the G heads of one KV head padded to
 ``group_rows`` (8 or 16) rows. All (tile, KV head, unit of 64 keys) triples form one line that is cut into shares of
 equal cost, one for each worker (gpu_plan.py); so the load is even whatever the lengths are, and long contexts split by
-themselves. A worker that has the whole of a tile's keys writes its output; the others leave partial results, which
-gpu_combine.py joins. Both go from registers to memory (gpu_store.py).
+themselves: the workers of a tile bring their results together in the one that began it (gpu_pieces.py), which writes
+them from registers to memory (gpu_store.py).
 
 A worker is a few warpgroups. One fetches units through the block table with TMA, running ahead across tile borders.
 Another computes, with everything transposed, so that products are as wide as there are queries, not as the 64 rows that
 wgmma has at least: S^T = K Q^T, the online softmax down its columns in float32 registers, O^T += V^T P^T.
 
 fp8 K is multiplied as it is, by queries that are two fp8 matrices: a bfloat16 scaled into their range is the sum of a
-float8_e4m3fn and of what that rounding left, exactly but for values below a 1000th of their row's largest. V^T isn't
+float8_e4m3fn and of what that rounding left, exactly but for values below a 512th of their row's largest. V^T isn't
 something that wgmma reads in fp8: a third warpgroup widens V to float16, which holds it exactly.
 
 A unit of D = 128 is 32 KB of K and V: 1.4 us of an H100's bandwidth for one multiprocessor. Its products read it from
@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lane import when
+from pallas_kernels.ragged_paged_attention import gpu_pieces as pieces
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 from pallas_kernels.ragged_paged_attention.gpu_queries import copy_rows, scaled_parts
 from pallas_kernels.ragged_paged_attention.gpu_store import store_columns, store_zeros
@@ -115,12 +116,8 @@ def decode(
     config: DecodeConfig,
     sinks: jax.Array | None,  # float32[Hq]
     tile_tokens: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output [T, Hq, D] of the plan's tokens; of tiles with several workers, partial results and the log2 of their sums
-    of exponentials, the same in each column: float32[2C, tile_tokens * group_rows, D] both.
-
-    Padding tokens get zeros. The output rows of other tokens outside of the plan, and of split tiles, are not written.
-    """
+) -> jax.Array:  # [T, Hq, D]
+    """The outputs of the plan's tokens. Padding tokens get zeros; other tokens outside of the plan are not written."""
     T, Hq, D = q.shape
     N, _, Hk, B, _ = values.shape
     G, PG, TQ = Hq // Hk, group_rows(spec), tile_tokens
@@ -143,7 +140,7 @@ def decode(
         operands.append(jnp.tile(padded, (1, TQ)).astype(jnp.float32))
 
     def kernel(*refs: Any) -> None:
-        q_ref, kv_ref, table_ref, tiles_ref, workers_ref, *optional, out_ref, part_ref, lse_ref, scratch = refs
+        q_ref, kv_ref, table_ref, tiles_ref, workers_ref, *optional, out_ref, pieces_ref, scratch = refs
         scales_ref = None if scales is None else optional.pop(0)
         sinks_ref = None if sinks is None else optional.pop(0)
         (q_raw, q_full, q_free), q_smem, k_buffers, v_buffers, p_smem, *fp8_scratch = scratch
@@ -151,6 +148,7 @@ def decode(
         k_smem, k_full, k_free = k_buffers
         (v_smem, v_full, v_free), q_unscale = fp8_scratch if fp8 else (v_buffers, p_smem)
         wg, worker = lax.axis_index("wg"), lax.axis_index("cta")
+        launches = pieces.num_launches(workers_ref, worker)
 
         def fetch_q(segment: jax.Array, tile: jax.Array, head: jax.Array) -> None:
             @when(segment > 0)
@@ -285,30 +283,60 @@ def decode(
             acc, m, l = lax.fori_loop(whole_end, num, functools.partial(step, masked=True), carry)
             l = l.sum(axis=0)
             if sinks_ref is not None:
-                # In the piece with the last unit only: the combination adds the pieces' sums. A query may see none of
-                # that piece's keys, so the sink counts for the maximum too.
+                # In the piece with the last unit only: where pieces are joined, their sums are added. A query may see
+                # none of that piece's keys, so the sink counts for the maximum too.
                 sink = plgpu.load(sinks_ref.at[head, first_columns], layout=_COLUMNS, optimized=False)
                 sink = sink + jnp.where(unit + num == tile_units, 0.0, -jnp.inf)
                 m_keys, m = m, jnp.maximum(m, sink)
                 alpha = jnp.exp2(m_keys - m)
                 acc, l = acc * _spread(alpha, D), l * alpha + jnp.exp2(sink - m)
             l_safe = jnp.maximum(l, 1e-30)
-            out = acc * _spread(v_scale / l_safe, D)
-            store = functools.partial(store_columns, token_rows=PG)
+            out, sums = acc * _spread(v_scale / l_safe, D), m + jnp.log(l_safe) * LOG2E
 
-            @when(num == tile_units)
-            def _whole() -> None:
+            @when(unit > 0)
+            def _() -> None:
+                pieces.publish(out, sums, pieces_ref, worker)
+                pieces.count_launch(workers_ref, worker, launches)
+
+            @when(unit == 0)
+            def _() -> None:
+                num_after = jnp.where(num == tile_units, 0, workers_ref[worker, plan.NUM_AFTER])
                 first_row = tiles_ref[tile, plan.FIRST_TOKEN] * Hq + head * G
-                store(out.astype(jnp.bfloat16), out_ref, first_row, num_tokens, stored_rows=G, token_stride=Hq)
+                store_columns(
+                    join(out, sums, num_after).astype(jnp.bfloat16),
+                    out_ref,
+                    first_row,
+                    num_tokens,
+                    token_rows=PG,
+                    stored_rows=G,
+                    token_stride=Hq,
+                )
 
-            @when(num != tile_units)
-            def _piece() -> None:
-                # A worker has at most two pieces: its first segment, and its last.
-                index = worker * 2 + jnp.where(segment == 0, 0, 1)
-                # Spread over the columns, so that the combination is elementwise.
-                lse = _spread(m + jnp.log(l_safe) * LOG2E, D)
-                for value, ref in ((out, part_ref), (lse, lse_ref)):
-                    store(value, ref, index * M, num_tokens, stored_rows=PG, token_stride=PG)
+        def join(out: jax.Array, sums: jax.Array, num_after: jax.Array) -> jax.Array:
+            """A tile's results: this worker's piece, and those of so many that come after it."""
+            columns = out.shape[1]
+            at_once = max(1, min(8, 96 // pieces.thread_words(D, columns)))  # in registers
+            when(num_after > 0)(lambda: pieces.await_launch(workers_ref, worker + 1, num_after, launches))
+
+            def add(group: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                acc, m, l = carry
+                # The last one stands in for those past the end.
+                indices = [group * at_once + k for k in range(at_once)]
+                received = [
+                    pieces.receive(pieces_ref, worker + 1 + jnp.minimum(index, num_after - 1), D, columns)
+                    for index in indices
+                ]
+                for index, (value, lse) in zip(indices, received, strict=True):
+                    lse = lse + jnp.where(index < num_after, 0.0, -jnp.inf)
+                    m_new = jnp.maximum(m, lse)
+                    alpha, weight = jnp.exp2(m - m_new), jnp.exp2(lse - m_new)
+                    acc = acc * _spread(alpha, D) + value * _spread(weight, D)
+                    m, l = m_new, l * alpha + weight
+                return acc, m, l
+
+            one = plgpu.layout_cast(jnp.full((columns,), 1.0, jnp.float32), _COLUMNS)
+            acc, _, l = lax.fori_loop(0, pl.cdiv(num_after, at_once), add, (out, sums, one))
+            return acc * _spread(1.0 / l, D)
 
         def walk(body: Any) -> None:
             _segments(tiles_ref, workers_ref, worker, Hk, body)
@@ -316,6 +344,8 @@ def decode(
         @when(wg == 0)
         def _() -> None:
             plgpu.set_max_registers(config.compute_registers, action="increase")
+            has_piece = (workers_ref[worker, plan.WORKER_UNITS] > 0) & (workers_ref[worker, plan.START_UNIT] > 0)
+            when(jnp.logical_not(has_piece))(lambda: pieces.count_launch(workers_ref, worker, launches))
             store_zeros(out_ref, workers_ref[worker, plan.FIRST_PADDING], T, config.num_ctas, Hq)
             walk(compute)
 
@@ -345,12 +375,11 @@ def decode(
     ]
     if fp8:
         scratch += [ring(config.wide_stages, (UNIT, D), wide), plgpu.SMEM((M,), jnp.float32)]
-    out, part, lse = plgpu.kernel(
+    out, _ = plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((T * Hq, D), q.dtype),
-            jax.ShapeDtypeStruct((2 * config.num_ctas * M, D), jnp.float32),
-            jax.ShapeDtypeStruct((2 * config.num_ctas * M, D), jnp.float32),
+            jax.ShapeDtypeStruct((config.num_ctas, 128 * pieces.thread_words(D, M)), jnp.int32),
         ],
         grid=(config.num_ctas,),
         grid_names=("cta",),
@@ -367,8 +396,7 @@ def decode(
         ),
         kernel_name="ragged_paged_attention_decode",
     )(*operands)
-    pieces = 2 * config.num_ctas, M, D
-    return out.reshape(T, Hq, D), part.reshape(pieces), lse.reshape(pieces)
+    return out.reshape(T, Hq, D)
 
 
 def _spread(x: jax.Array, rows: int) -> jax.Array:  # [M] -> [rows, M]

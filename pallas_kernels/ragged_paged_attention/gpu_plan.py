@@ -25,19 +25,19 @@ ROW, FIRST_TOKEN, NUM_TOKENS, FIRST_POS, FIRST_UNIT, NUM_UNITS, KV_LEN = range(7
 # Columns of a worker's description. It writes zeros for padding token FIRST_PADDING and every C-th after that. What it
 # fetches first is said beside it, since reads that wait for each other are much of a small batch's time: how many units
 # it has of the tile that it starts with, and the places (see unit_place) of the first NUM_PLACES of them.
-START_TILE, START_HEAD, START_UNIT, WORKER_UNITS, FIRST_PADDING, FIRST_UNITS, FIRST_PLACE = range(7)
+# NUM_AFTER is how many workers go on with the tile and head that it begins last. LAUNCHES is the kernel's own: see
+# gpu_pieces.py.
+START_TILE, START_HEAD, START_UNIT, WORKER_UNITS, FIRST_PADDING, FIRST_UNITS, NUM_AFTER, LAUNCHES, FIRST_PLACE = range(
+    9
+)
 NUM_PLACES = 8
-# Columns of a split tile's description. SPLIT_TOKENS is 0 for no tile; FIRST_SLOT says whether its first piece is its
-# worker's first (0) or last (1).
-SPLIT_TOKEN, SPLIT_TOKENS, SPLIT_HEAD, FIRST_WORKER, FIRST_SLOT, NUM_PIECES = range(6)
 
 
 class DecodePlan(NamedTuple):
     """Shares of all (tile, KV head, unit) triples, in that order, that take C workers the same time."""
 
     tiles: jax.Array  # int32[W, 7]
-    workers: jax.Array  # int32[C, 6 + NUM_PLACES]
-    splits: jax.Array  # int32[C-1, 6], the tile that worker i+1 is the first to go on with
+    workers: jax.Array  # int32[C, 8 + NUM_PLACES]
 
 
 class PrefillPlan(NamedTuple):
@@ -106,21 +106,18 @@ def decode_plan(
     first_tile = tiles[tile[:-1]]
     units_ahead = first_tile[:, FIRST_UNIT, None] + unit[:-1, None] + ahead
     place = unit_place(batch.block_table, first_tile[:, ROW, None], units_ahead, num_blocks, block_size)
-    workers = jnp.stack([tile[:-1], head[:-1], unit[:-1], left, first_padding, first_units], axis=1)
-    workers = jnp.concatenate([workers, place], axis=1).astype(jnp.int32)
 
-    # Of the tile and head that a worker begins with: where they begin and end, and who has the first and last unit.
+    # Of the tile and head that a worker begins with: who has its first and its last unit.
     tile_start = tile_start + head * tile_cost
     first_worker = (tile_start + tile_cost - tile_units) // share
     last_worker = (tile_start + tile_cost - 1) // share
-    index = jnp.arange(num_workers + 1)
-    goes_on = (start < total) & (unit > 0) & (first_worker == index - 1)
-    num_tokens_split = jnp.where(goes_on, tiles[tile, NUM_TOKENS], 0)
-    first_slot = first_worker * share < tile_start
-    num_pieces = last_worker - first_worker + 1
-    columns = [tiles[tile, FIRST_TOKEN], num_tokens_split, head, first_worker, first_slot, num_pieces]
-    splits = jnp.stack(columns, axis=1).astype(jnp.int32)[1:-1]
-    return DecodePlan(tiles, workers, splits)
+    # The one after a worker is the first to go on with what that worker begins last, if anybody does.
+    goes_on = (start < total) & (unit > 0) & (first_worker == jnp.arange(num_workers + 1) - 1)
+    num_after = jnp.where(goes_on, last_worker - first_worker, 0)[1:]
+    launches = jnp.zeros_like(num_after)
+    columns = [tile[:-1], head[:-1], unit[:-1], left, first_padding, first_units, num_after, launches]
+    workers = jnp.concatenate([jnp.stack(columns, axis=1), place], axis=1).astype(jnp.int32)
+    return DecodePlan(tiles, workers)
 
 
 def unit_place(

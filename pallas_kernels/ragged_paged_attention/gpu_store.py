@@ -1,7 +1,7 @@
 """A tile's results from registers to global memory, without a way through shared memory.
 
-A store by TMA waits for the tile to be written to shared memory, for a fence, and then for the copy to have read it. Of
-a decode tile's 64 rows most are padding: a few threads store the others directly, and nobody waits.
+A store by TMA waits for the tile to be written to shared memory, for a fence, and then for the copy to have read it.
+Here the threads that have rows which are no padding store them directly, and nobody waits.
 
 Shape letters: D head dim, M rows of a tile, N rows of the array that is written.
 """
@@ -24,37 +24,6 @@ from pallas_kernels import ptx
 _THREADS = 128
 
 
-def store_rows(
-    value: jax.Array,  # [rows, D]
-    ref: Any,  # [N, D] in global memory
-    first_row: jax.Array,  # int32[], of ref, for token 0
-    num_tokens: jax.Array,  # int32[], that are stored
-    *,
-    layout: Any,  # of ``value``
-    token_rows: int,  # rows of ``value`` that a token takes
-    stored_rows: int,  # of them, those that are stored
-    token_stride: int,  # rows of ``ref`` between tokens
-) -> None:
-    """Stores each token's first rows: row ``t * token_rows + i`` to row ``first_row + t * token_stride + i``."""
-
-    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
-    def store(_: Any, value: Any, ref: Any, first_row: Any, num_tokens: Any) -> None:
-        columns = ptx.i32(value.shape[1])
-        for (row, column), register in zip(value.layout.thread_idxs(value.shape), value.registers.flat, strict=True):
-            target, wanted = _target(
-                ptx.as_word(row),
-                first_row,
-                num_tokens,
-                token_rows=token_rows,
-                stored_rows=stored_rows,
-                stride=token_stride,
-            )
-            place = arith.addi(arith.muli(target, columns), ptx.as_word(column))
-            ptx.store(ptx.address(ref, place, value.mlir_dtype), _words(register), order="", predicate=wanted)
-
-    store(value, ref, first_row, num_tokens)
-
-
 def store_columns(
     value: jax.Array,  # [D, M] in the WGMMA layout
     ref: Any,  # [N, D] in global memory
@@ -65,7 +34,7 @@ def store_columns(
     stored_rows: int,  # of them, those that are stored
     token_stride: int,  # rows of ``ref`` between tokens
 ) -> None:
-    """``store_rows`` of the transposed value."""
+    """Stores each token's first columns: ``t * token_rows + i`` to row ``first_row + t * token_stride + i``."""
     dim, _ = value.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), ptx.SCALAR, ptx.SCALAR))
@@ -75,9 +44,12 @@ def store_columns(
             column = ptx.as_word(column)
             for i in range(2):
                 row_i = arith.addi(ptx.as_word(row), ptx.i32(i))
-                target, wanted = _target(
-                    row_i, first_row, num_tokens, token_rows=token_rows, stored_rows=stored_rows, stride=token_stride
-                )
+                token, of_token = arith.divui(row_i, ptx.i32(token_rows)), arith.remui(row_i, ptx.i32(token_rows))
+                wanted = ptx.less(token, num_tokens.registers.item())
+                if stored_rows < token_rows:
+                    wanted = arith.andi(wanted, ptx.less(of_token, ptx.i32(stored_rows)))
+                target = arith.addi(arith.muli(token, ptx.i32(token_stride)), of_token)
+                target = arith.addi(first_row.registers.item(), target)
                 place = arith.addi(arith.muli(target, ptx.i32(dim)), column)
                 register = arith.bitcast(bits, vector.extract(pair, [], [i]))
                 ptx.store(ptx.address(ref, place, value.mlir_dtype), [register], order="", predicate=wanted)
@@ -108,30 +80,3 @@ def store_zeros(
     @pl.loop(0, lax.div(jnp.maximum(end_token - first_token, 0) + (step - 1), jnp.int32(step)))
     def _(i: jax.Array) -> None:
         store(ref, first_token + i * step)
-
-
-def _target(
-    row: Any,  # of a tile
-    first_row: Any,
-    num_tokens: Any,
-    *,
-    token_rows: int,
-    stored_rows: int,
-    stride: int,
-) -> tuple[Any, Any]:
-    """The row that it is stored to, and whether it is."""
-    token, of_token = arith.divui(row, ptx.i32(token_rows)), arith.remui(row, ptx.i32(token_rows))
-    wanted = ptx.less(token, num_tokens.registers.item())
-    if stored_rows < token_rows:
-        wanted = arith.andi(wanted, ptx.less(of_token, ptx.i32(stored_rows)))
-    target = arith.addi(arith.muli(token, ptx.i32(stride)), of_token)
-    return arith.addi(first_row.registers.item(), target), wanted
-
-
-def _words(register: Any) -> list[Any]:
-    """The neighbouring values that a thread has of one row, as words; a single value of 16 bits as it is."""
-    vector_type = ir.VectorType(register.type)
-    num_bits = vector_type.shape[0] * mgpu.bitwidth(vector_type.element_type)
-    bits = min(num_bits, 32)
-    words = vector.bitcast(ir.VectorType.get((num_bits // bits,), ir.IntegerType.get_signless(bits)), register)
-    return [vector.extract(words, [], [i]) for i in range(num_bits // bits)]

@@ -1,25 +1,20 @@
 """The Mosaic GPU kernels: what they refuse (anywhere), and the contract of every implementation (on a Hopper GPU).
 
 Mosaic's interpreter runs no wgmma with operands in registers, which the prefill kernel uses, and no PTX, with which the
-decode kernel stores: their numbers need the hardware. The combination of partial results runs in it, but for its
-stores.
+decode kernel stores: their numbers need the hardware.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import AttentionContract, check, make_case, make_spec
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention import gpu, gpu_combine, gpu_decode, gpu_plan, gpu_prefill
+from pallas_kernels.ragged_paged_attention import gpu, gpu_decode, gpu_prefill
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec, KVLayout, KVPool, RaggedBatch
 
 BASE: dict[str, object] = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "block_size": 64, "head_dim": 64}
@@ -81,55 +76,6 @@ def test_registers_of_a_block_suffice() -> None:
             warpgroups = 1 + fetchers
             # A thread starts with a multiple of 8 registers.
             assert asked <= warpgroups * (65536 // (warpgroups * 128) // 8 * 8)
-
-
-@pytest.mark.parametrize("token_ctas", [1, 2, 8])
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(4, 128), (18, 64)])
-def test_the_combination_in_the_interpreter(num_heads: int, head_dim: int, token_ctas: int) -> None:
-    """Pieces of tiles that several workers share, some of several tokens, against the sum by its definition."""
-    spec = make_spec(**{**BASE, "num_heads": num_heads, "num_kv_heads": 2, "head_dim": head_dim})
-    contexts, widths = [700, 130, 1, 3000], [1, 3, 1, 1]
-    none = jnp.zeros(0, jnp.int32)
-    table = jnp.zeros((4, 47), jnp.int32)
-    cu_q_lens = jnp.asarray(np.concatenate([[0], np.cumsum(widths)]), jnp.int32)
-    batch = RaggedBatch(table, jnp.asarray(contexts, jnp.int32), cu_q_lens, none, none)
-    T, TQ, PG, C = sum(widths), gpu.decode_tile_tokens(spec, None), gpu_decode.group_rows(spec), 20
-    work = gpu_plan.decode_plan(
-        batch, T, tile_tokens=TQ, num_kv_heads=2, num_workers=C, num_blocks=64, block_size=64, window=None,
-        min_tile_units=1, short_only=False,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    part = rng.standard_normal((2 * C, TQ * PG, head_dim)).astype(np.float32)
-    lse = np.repeat(rng.uniform(-9, 9, (2 * C, TQ * PG, 1)).astype(np.float32), head_dim, axis=2)
-    untouched = rng.standard_normal((T * num_heads, head_dim)).astype(jnp.bfloat16)
-
-    def store(value: jax.Array, out: Any, row: jax.Array, num_tokens: jax.Array, *, stored_rows: int, **_: Any) -> None:
-        out.at[pl.ds(row, stored_rows)][...] = value[:stored_rows]  # the interpreter knows no PTX
-
-    @jax.jit
-    def run(out: jax.Array) -> jax.Array:
-        ref = jax.new_ref(out)
-        gpu_combine.combine(
-            ref, jnp.asarray(part), jnp.asarray(lse), work,
-            num_heads=num_heads, num_kv_heads=2, group_rows=PG, token_ctas=token_ctas, store=store,
-        )  # fmt: skip
-        return jax.freeze(ref)
-
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        got = np.asarray(run(jnp.asarray(untouched)).astype(jnp.float32))
-    assert not gpu_callbacks.get_races().races_found
-    want, G = untouched.astype(np.float32), num_heads // 2
-    splits = np.asarray(work.splits)
-    splits = splits[splits[:, gpu_plan.SPLIT_TOKENS] > 0]
-    assert len(splits) > 3 and splits[:, gpu_plan.NUM_PIECES].max() > 5
-    for first_token, num_tokens, head, worker, slot, num_pieces in splits:
-        pieces = [2 * worker + slot] + [2 * (worker + i) for i in range(1, num_pieces)]
-        weights = np.exp2(lse[pieces] - lse[pieces].max(axis=0))
-        joined = (weights * part[pieces]).sum(axis=0) / weights.sum(axis=0)  # [rows, D]
-        for i in range(num_tokens):
-            row = (first_token + i) * num_heads + head * G
-            want[row : row + G] = joined[i * PG : i * PG + G]
-    np.testing.assert_allclose(got, want, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.gpu
@@ -215,7 +161,23 @@ class TestPallasGpu(AttentionContract):
     def test_windows_over_split_contexts(self, kv_dtype: str, window: int) -> None:
         self.run([(4099, 1), (2050, 3), (700, 1)], self.spec(kv_dtype=kv_dtype, sliding_window=window))
 
-    def test_two_runs_are_equal(self) -> None:
+    @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
+    def test_launches_in_a_row_are_equal(self, kv_dtype: str) -> None:
+        """They share a plan, as a step's layers do, and their workers count them in it. Every context is split."""
+        spec = self.spec(head_dim=128, num_heads=8, kv_dtype=kv_dtype, scale=128**-0.5)
+        rows = [(4099, 1), (2050, 5), (77, 5), (1300, 3), (64 * 60, 1)]
+        case = make_case(spec, [*rows, *[(0, 0)] * 11], layout=self.kv_layout(spec), num_tokens=16)
+
+        @jax.jit
+        def chain(q: jax.Array) -> list[jax.Array]:
+            return [gpu.attend(q, case.pool, case.batch, spec) for _ in range(40)]
+
+        first, *others = [np.asarray(out.astype(jnp.float32)) for run in range(3) for out in chain(case.q)]
+        check(lambda *_: jnp.asarray(first, jnp.bfloat16), case)
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+
+    def test_prefill_beside_splits_repeats_itself(self) -> None:
         spec = self.spec(head_dim=128)
         case = make_case(spec, [(4099, 1), (300, 200), (77, 5)], layout=self.kv_layout(spec))
         runs = [np.asarray(gpu.attend(case.q, case.pool, case.batch, spec).astype(jnp.float32)) for _ in range(2)]

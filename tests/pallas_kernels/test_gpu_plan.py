@@ -106,7 +106,7 @@ def test_decode_workers_share_every_unit_once(
         min_tile_units=min_tile_units,
         short_only=short_only,
     )
-    tiles, workers, splits = (np.asarray(x) for x in work)
+    tiles, workers = (np.asarray(x) for x in work)
     seen = check_tiles(tiles, rows, num_tokens, window, tile_tokens)
     widths = widths_of_tokens(rows, num_tokens)
     np.testing.assert_array_equal(seen, (widths > 0) & ((widths <= plan.MAX_SHORT) | (not short_only)))
@@ -118,12 +118,12 @@ def test_decode_workers_share_every_unit_once(
         for head in range(NUM_KV_HEADS if num else 0):
             line += [None] * (min_tile_units - num) + [(t, head, unit) for unit in range(num)]
     share = max(-(-len(line) // NUM_WORKERS), 1)
-    pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of a tile and head: worker, its first piece or a later
+    pieces: dict[tuple[int, int], list[int]] = {}  # of a tile and head: who has them
     for w, worker in enumerate(workers):
         units = [unit for unit in line[w * share : (w + 1) * share] if unit is not None]
         assert worker[plan.WORKER_UNITS] == len(units)
         if units:
-            assert tuple(worker[: plan.WORKER_UNITS]) == units[0]
+            assert tuple(worker[: plan.WORKER_UNITS]) == units[0]  # tile, head, unit
             first = [unit for t, head, unit in units if (t, head) == units[0][:2]]
             assert worker[plan.FIRST_UNITS] == len(first)
             for place, unit in zip(worker[plan.FIRST_PLACE :], first, strict=False):
@@ -131,24 +131,14 @@ def test_decode_workers_share_every_unit_once(
                 block, within = divmod(tile[plan.FIRST_UNIT] + unit, 2)
                 assert place == TABLE[tile[plan.ROW], block] * 2 + within
         for t, head in dict.fromkeys(unit[:2] for unit in units):
-            pieces.setdefault((t, head), []).append((w, int((t, head) != units[0][:2])))
-    check_splits(splits, tiles, {where: of for where, of in pieces.items() if len(of) > 1})
-
-
-def check_splits(splits: np.ndarray, tiles: np.ndarray, pieces: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
-    """Every tile with several pieces once, at the border behind its first piece."""
-    told = {}
-    for border, split in enumerate(splits):
-        if split[plan.SPLIT_TOKENS] == 0:
-            continue
-        (t,) = np.flatnonzero((tiles[:, plan.FIRST_TOKEN] == split[plan.SPLIT_TOKEN]) & (tiles[:, plan.NUM_UNITS] > 0))
-        assert split[plan.SPLIT_TOKENS] == tiles[t, plan.NUM_TOKENS]
-        first = split[plan.FIRST_WORKER]
-        assert first == border
-        told[t, split[plan.SPLIT_HEAD]] = [(first, split[plan.FIRST_SLOT])] + [
-            (first + i, 0) for i in range(1, split[plan.NUM_PIECES])
-        ]
-    assert told == pieces
+            pieces.setdefault((t, head), []).append(w)
+    num_after = np.zeros(NUM_WORKERS, int)
+    for first, *others in pieces.values():
+        assert others == list(range(first + 1, first + 1 + len(others)))
+        assert all(workers[w, plan.START_UNIT] > 0 for w in others)
+        num_after[first] += len(others)
+    np.testing.assert_array_equal(workers[:, plan.NUM_AFTER], num_after)
+    np.testing.assert_array_equal(workers[:, plan.LAUNCHES], 0)
 
 
 @settings(max_examples=40, deadline=None)
