@@ -147,7 +147,8 @@ def decode(
         # What the products read of K and V.
         k_smem, k_full, k_free = k_buffers
         (v_smem, v_full, v_free), q_unscale = fp8_scratch if fp8 else (v_buffers, p_smem)
-        wg, worker = lax.axis_index("wg"), lax.axis_index("cta")
+        # Workers wait for later ones (gpu_pieces.py), so those are the CTAs that start first.
+        wg, worker = lax.axis_index("wg"), config.num_ctas - 1 - lax.axis_index("cta")
         launches = pieces.num_launches(workers_ref, worker)
 
         def fetch_q(segment: jax.Array, tile: jax.Array, head: jax.Array) -> None:

@@ -9,8 +9,9 @@ when a launch begins, since each worker counts each launch, so a worker's own sa
 that column in place, in an operand that XLA takes for read-only. What XLA may do with it doesn't matter: it is read by
 this kernel alone, a copy holds equal numbers, too, and kernels that share a plan run one after the other.
 
-A worker waits for later ones only, and publishes before it waits for any, so it is enough that CTAs start in their
-order. Words are in the order of registers: a thread reads what the same thread of another worker wrote.
+A worker publishes before it waits for any, and waits for later ones only, whose CTAs have lower indices. So none waits
+for a CTA that hasn't started, however few run at once, as long as a GPU starts CTAs in their order. Words are in the
+order of registers: a thread reads what the same thread of another worker wrote.
 
 Shape letters: D head dim, M columns (queries) of a tile, C workers.
 """
