@@ -152,7 +152,7 @@ class Runner:
         """The executable for a burst of these; None where one of them isn't a step that a burst can make.
 
         A burst's steps sample at every row, admit nobody and score no prompts. Where nothing drafts, rows have one
-        token: attention is compiled for that. Where a model drafts, it drafts in all of them.
+        token: attention is fast for that only. Where a model drafts, it drafts in all of them.
         """
         burst = self._started().burst
         if not burst:
@@ -168,7 +168,7 @@ class Runner:
             if self._drafter is not None and not plan.num_drafts.any():
                 return None
             num_tokens, num_rows = max(num_tokens, plan.num_tokens), max(num_rows, len(plan.slots))
-            is_narrow &= plan.num_tokens == len(plan.slots)
+            is_narrow = is_narrow and bool((plan.widths == 1).all())
         fitting = (key for key in burst if key.serves(tier, num_tokens, num_rows))
         return next((key for key in fitting if is_narrow or self._width(key) is None), None)
 

@@ -11,8 +11,10 @@ Another computes, with everything transposed, so that products are as wide as th
 wgmma has at least: S^T = K Q^T, the online softmax down its columns in float32 registers, O^T += V^T P^T.
 
 fp8 K is multiplied as it is, by queries that are two fp8 matrices: a bfloat16 scaled into their range is the sum of a
-float8_e4m3fn and of what that rounding left, exactly but for values below a 512th of their row's largest. V^T isn't
-something that wgmma reads in fp8: a third warpgroup widens V to float16, which holds it exactly.
+float8_e4m3fn and of what that rounding left, exactly but for values below a 512th of their row's largest. That is their
+representation: Hopper's tensor cores are said to add products of fp8 with about 14 bits of the largest, so a logit of
+20 may be wrong by 0.02, where rounding its keys to fp8 costs more. V^T isn't something that wgmma reads in fp8: a third
+warpgroup widens V to float16, which holds it exactly.
 
 A unit of D = 128 is 32 KB of K and V: 1.4 us of an H100's bandwidth for one multiprocessor. Its products read it from
 shared memory once, in 0.15 us for up to 32 query rows. 4 units keep 128 KB in flight on each multiprocessor.

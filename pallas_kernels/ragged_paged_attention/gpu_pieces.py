@@ -6,8 +6,11 @@ joins them with its own in their order: out = sum_i 2^(lse_i - lse) out_i with l
 
 That a worker has published is told by the number of launches so far, LAUNCHES in the plan's row for it. All are equal
 when a launch begins, since each worker counts each launch, so a worker's own says what to wait for. The kernel writes
-that column in place, in an operand that XLA takes for read-only. What XLA may do with it doesn't matter: it is read by
-this kernel alone, a copy holds equal numbers, too, and kernels that share a plan run one after the other.
+that column in place, in an operand that XLA takes for read-only, so that a step's layers share it without being told of
+each other. It is read by this kernel alone, and a copy holds equal numbers, too. What it needs is that kernels which
+share a plan run one after the other: layers do, and a draft model's pass beside its target's as long as XLA runs a
+device's kernels in one stream and its command buffers in order. It does unless it is told otherwise
+(xla_gpu_command_buffer_scheduling_mode=CONCURRENT, programmatic dependent launch).
 
 A worker publishes before it waits for any, and waits for later ones only, whose CTAs have lower indices. So none waits
 for a CTA that hasn't started, however few run at once, as long as a GPU starts CTAs in their order. Words are in the

@@ -2,7 +2,8 @@
 
 A row is scaled by a power of two that puts its largest value into [128, 256). A bfloat16 has 8 bits of precision and a
 float8_e4m3fn has 4, so what rounding to the first part leaves fits into the second one, but for its subnormals: the
-error is at most 2^-10 of 128, and 0 for values from 1/512 of the row's largest on.
+error is 0 for values from 1/512 of the row's largest on, and at most 2^-17 of the largest below. A row whose largest
+value is below 2^-119 counts as zeros, and infinities as the largest float8_e4m3fn.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def scaled_parts(raw: Any, parts: Any, unscale: Any, num_rows: int) -> None:
     """
     for rows, x in _chunks(raw, num_rows):
         x = x.astype(jnp.float32)
-        # The largest value's exponent, as float32 has it; a row of zeros has one, too, whose inverse is finite.
+        # The largest value's exponent, as float32 has it; for a row of zeros one whose scale is finite.
         largest = lax.bitcast_convert_type(jnp.maximum(x, -x).max(axis=1), jnp.int32)
         exponent = jnp.maximum(largest >> _MANTISSA_BITS, _LARGEST)
         scale, inverse = (

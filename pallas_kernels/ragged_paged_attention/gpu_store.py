@@ -1,9 +1,9 @@
 """A tile's results from registers to global memory, without a way through shared memory.
 
 A store by TMA waits for the tile to be written to shared memory, for a fence, and then for the copy to have read it.
-Here the threads that have rows which are no padding store them directly, and nobody waits.
+Here the threads that have columns which are no padding store them directly, and nobody waits.
 
-Shape letters: D head dim, M rows of a tile, N rows of the array that is written.
+Shape letters: D head dim, M columns (queries) of a tile, N rows of the array that is written.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_large_bursts_are_shorter_than_small_ones(tiny, want, reference, monkeyp
 
 def test_rows_of_several_tokens_burst_only_beside_drafts(bursting, short, monkeypatch):
     """A prompt's last chunk samples and admits nobody, as a burst's steps do. Attention of a burst without drafts is
-    compiled for rows of one token."""
+    fast for rows of one token only."""
     runner, widths = bursting.engine.core.runner, []
     burst = runner._dispatch_burst
     monkeypatch.setattr(

@@ -162,20 +162,26 @@ class TestPallasGpu(AttentionContract):
         self.run([(4099, 1), (2050, 3), (700, 1)], self.spec(kv_dtype=kv_dtype, sliding_window=window))
 
     @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
-    def test_launches_in_a_row_are_equal(self, kv_dtype: str) -> None:
-        """They share a plan, as a step's layers do, and their workers count them in it. Every context is split."""
+    def test_launches_that_share_a_plan(self, kv_dtype: str) -> None:
+        """As a step's layers do: their workers count them in it. Each gives what it gives alone, bit for bit."""
         spec = self.spec(head_dim=128, num_heads=8, kv_dtype=kv_dtype, scale=128**-0.5)
-        rows = [(4099, 1), (2050, 5), (77, 5), (1300, 3), (64 * 60, 1)]
+        rows = [(4099, 1), (2050, 5), (77, 5), (1300, 3), (64 * 60, 1)]  # all split
         case = make_case(spec, [*rows, *[(0, 0)] * 11], layout=self.kv_layout(spec), num_tokens=16)
+        # Equal calls would be merged into one.
+        queries = [case.q * (1 + i / 64) for i in range(24)]
 
-        @jax.jit
-        def chain(q: jax.Array) -> list[jax.Array]:
-            return [gpu.attend(q, case.pool, case.batch, spec) for _ in range(40)]
+        def chain(queries: list[jax.Array], pool: KVPool, batch: RaggedBatch) -> list[jax.Array]:
+            return [gpu.attend(q, pool, batch, spec) for q in queries]
 
-        first, *others = [np.asarray(out.astype(jnp.float32)) for run in range(3) for out in chain(case.q)]
-        check(lambda *_: jnp.asarray(first, jnp.bfloat16), case)
-        for other in others:
-            np.testing.assert_array_equal(first, other)
+        run = jax.jit(chain)
+        compiled = run.lower(queries, case.pool, case.batch).compile()
+        assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') == len(queries)
+        together = [compiled(queries, case.pool, case.batch) for _ in range(3)]
+        alone = [run([q], case.pool, case.batch)[0] for q in queries]
+        check(lambda *_: together[0][0], case)
+        for outs in together:
+            for out, want in zip(outs, alone, strict=True):
+                np.testing.assert_array_equal(np.asarray(out.astype(jnp.float32)), want.astype(jnp.float32))
 
     def test_prefill_beside_splits_repeats_itself(self) -> None:
         spec = self.spec(head_dim=128)
