@@ -148,7 +148,7 @@ def decode(
         (q_raw, q_full, q_free), q_smem, k_buffers, v_buffers, p_smem, *fp8_scratch = scratch
         # What the products read of K and V.
         k_smem, k_full, k_free = k_buffers
-        (v_smem, v_full, v_free), q_unscale = fp8_scratch if fp8 else (v_buffers, p_smem)
+        v_smem, v_full, v_free = fp8_scratch[0] if fp8 else v_buffers
         # Workers wait for later ones (gpu_pieces.py), so those are the CTAs that start first.
         wg, worker = lax.axis_index("wg"), config.num_ctas - 1 - lax.axis_index("cta")
         launches = pieces.num_launches(workers_ref, worker)
@@ -225,6 +225,7 @@ def decode(
             weights = p_smem.at[first_columns].transpose((1, 0))
             plgpu.barrier_wait(q_full)
             if fp8:
+                q_unscale = fp8_scratch[1]
                 scaled_parts(q_raw, q_smem, q_unscale, columns)
             else:
                 copy_rows(q_raw, q_smem.at[0], columns)
