@@ -13,6 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
+WARPGROUP = 128  # threads
+# Reads of a word that doesn't change, in half a minute at least: who should write it isn't running.
+_PATIENCE = 1 << 26
 SCALAR = plgpu.Layout.WG_SPLAT(())  # of an int32[] that goes into the inline function
 
 
@@ -31,6 +34,16 @@ def less(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
+def thread() -> Any:
+    """This one's number in its warpgroup."""
+    return arith.remui(mgpu.thread_idx(), i32(WARPGROUP))
+
+
+def give_up_after(times: Any) -> None:
+    """Fails the launch once a word has been read too often in vain."""
+    mgpu.inline_ptx("trap;", predicate=arith.cmpi(arith.CmpIPredicate.eq, times, i32(_PATIENCE)))
+
+
 def as_word(index: Any) -> Any:
     """Of an index."""
     return arith.index_castui(word(), index)
@@ -42,13 +55,13 @@ def address(ref: Any, place: Any, dtype: Any = None) -> Any:
 
 
 def load(address: Any, num_words: int, order: str = ".relaxed.gpu") -> tuple[Any, ...]:
-    """1 or 4 words; 4 are relaxed in the GPU's scope."""
+    """1 or 4 words."""
     if num_words == 1:
         return (
             mgpu.inline_ptx(f"ld{order}.global.b32 $0, [$1];", address, result_types=word(), has_side_effects=True),
         )
     return mgpu.inline_ptx(
-        "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+        f"ld{order}.global.v4.b32 {{$0, $1, $2, $3}}, [$4];",
         address,
         result_types=[word()] * 4,
         has_side_effects=True,

@@ -28,10 +28,7 @@ from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, TILE
 from pallas_kernels.ragged_paged_attention.gpu_tile import smem_transforms
 
 EMPTY = -1
-WARPGROUP = 128  # threads
 _CHUNK = 4  # words that a thread reads at once
-# Reads of a word that stays empty, in half a minute at least: who should write it isn't running, and the launch fails.
-_PATIENCE = 1 << 26
 
 # A thread has 4 neighbouring columns of a row; a row's 16 threads are in one warp.
 ITEM = plgpu.Layout.TILED(
@@ -174,12 +171,12 @@ def receive(
     )
     def copy(_: Any, source: Any, tiles: Any, slot: Any, first: Any, num_units: Any) -> None:
         slot, first, num_units = (x.registers.item() for x in (slot, first, num_units))
-        thread = arith.remui(mgpu.thread_idx(), ptx.i32(WARPGROUP))
+        thread = ptx.thread()
         slot_place = arith.muli(slot, ptx.i32(U * M * slice_len * 2))
         last = arith.subi(num_units, ptx.i32(1))
         addresses, places = [], []
-        for i in range(U * M * row_chunks // WARPGROUP):
-            chunk = arith.addi(thread, ptx.i32(i * WARPGROUP))
+        for i in range(U * M * row_chunks // ptx.WARPGROUP):
+            chunk = arith.addi(thread, ptx.i32(i * ptx.WARPGROUP))
             rows, column = arith.divui(chunk, ptx.i32(row_chunks)), arith.remui(chunk, ptx.i32(row_chunks))
             unit, row = arith.divui(rows, ptx.i32(M)), arith.remui(rows, ptx.i32(M))
             # Past the last unit that is asked for, that one again.
@@ -206,12 +203,12 @@ def receive(
 def empty(words: Any, cta: jax.Array, num_ctas: int) -> None:  # int32[n] in global memory, int32[]
     """Empties this CTA's share of the words, with one warpgroup."""
     [size] = words.shape
-    share = WARPGROUP * _CHUNK
+    share = ptx.WARPGROUP * _CHUNK
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR))
     def store(_: Any, words: Any, cta: Any) -> None:
-        thread = arith.remui(mgpu.thread_idx(), ptx.i32(WARPGROUP))
-        mine = arith.muli(arith.addi(arith.muli(cta.registers.item(), ptx.i32(WARPGROUP)), thread), ptx.i32(_CHUNK))
+        thread = ptx.thread()
+        mine = arith.muli(arith.addi(arith.muli(cta.registers.item(), ptx.i32(ptx.WARPGROUP)), thread), ptx.i32(_CHUNK))
         for i in range(-(-size // (share * num_ctas))):
             place = arith.addi(mine, ptx.i32(i * share * num_ctas))
             with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, place, ptx.i32(size))):
@@ -252,7 +249,7 @@ def _poll(addresses: Sequence[Any], num_words: int) -> list[list[Any]]:
         scf.condition(arith.cmpi(arith.CmpIPredicate.eq, largest, ptx.i32(EMPTY)), [times, *words])
     with ir.InsertionPoint(loop.after.blocks.append(*types)) as point:
         times = point.block.arguments[0]
-        mgpu.inline_ptx("trap;", predicate=arith.cmpi(arith.CmpIPredicate.eq, times, ptx.i32(_PATIENCE)))
+        ptx.give_up_after(times)
         scf.yield_([times])
     words = list(loop.results)[1:]
     return [words[i : i + num_words] for i in range(0, len(words), num_words)]

@@ -98,7 +98,7 @@ def attend_tuned(
 
 
 def decode_tile_tokens(spec: AttentionSpec, max_width: int | None) -> int:
-    """Tokens of a decode tile."""
+    """Tokens of a decode tile: a token and the four drafts that are verified with it, as far as registers go."""
     most = 5 if gpu_decode.group_rows(spec) == 8 or spec.head_dim < 256 else 2
     return most if max_width is None else min(most, max_width)
 

@@ -40,6 +40,7 @@ from pallas_kernels.ragged_paged_attention.gpu_store import store_columns, store
 from pallas_kernels.ragged_paged_attention.gpu_tile import (
     LOG2E,
     NO_MAXIMUM,
+    columns_of,
     fetch_step,
     logits,
     mask,
@@ -53,8 +54,7 @@ from pallas_kernels.ragged_paged_attention.gpu_tile import (
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec
 
 UNIT = plan.UNIT
-_ACC = plgpu.Layout.WGMMA
-_COLUMNS = _ACC.reduce(0)  # of a value for each query
+_ACC, _COLUMNS = pieces.RESULTS, pieces.SUMS  # of matrices, and of a value for each query
 _PARTS = 2  # of fp8 queries
 
 
@@ -232,7 +232,7 @@ def decode(
             plgpu.commit_smem()
             plgpu.barrier_arrive(q_free)
             if fp8:
-                unscale = _spread(plgpu.load(q_unscale.at[first_columns], layout=_COLUMNS, optimized=False), UNIT)
+                unscale = columns_of(plgpu.load(q_unscale.at[first_columns], layout=_COLUMNS, optimized=False), UNIT)
 
             def step(j: jax.Array, carry: Any, masked: bool) -> Any:
                 acc, m, l = carry
@@ -254,9 +254,9 @@ def decode(
                 # The sum of exponentials stays spread over the threads; the maximum is the whole warpgroup's.
                 m_new = jnp.maximum(m, x.max(axis=0) * c)
                 alpha = jnp.exp2(m - m_new)
-                p = jnp.exp2(x * c - _spread(m_new, UNIT))
-                l = l * _spread(alpha, UNIT) + p
-                acc = acc * _spread(alpha, D)
+                p = jnp.exp2(x * c - columns_of(m_new, UNIT))
+                l = l * columns_of(alpha, UNIT) + p
+                acc = acc * columns_of(alpha, D)
                 # Every warp's last product has read what was here: all met for the maximum.
                 weights[...] = p.astype(wide)
                 plgpu.commit_smem()
@@ -293,9 +293,9 @@ def decode(
                 sink = sink + jnp.where(unit + num == tile_units, 0.0, -jnp.inf)
                 m_keys, m = m, jnp.maximum(m, sink)
                 alpha = jnp.exp2(m_keys - m)
-                acc, l = acc * _spread(alpha, D), l * alpha + jnp.exp2(sink - m)
+                acc, l = acc * columns_of(alpha, D), l * alpha + jnp.exp2(sink - m)
             l_safe = jnp.maximum(l, 1e-30)
-            out, sums = acc * _spread(v_scale / l_safe, D), m + jnp.log(l_safe) * LOG2E
+            out, sums = acc * columns_of(v_scale / l_safe, D), m + jnp.log(l_safe) * LOG2E
 
             @when(unit > 0)
             def _() -> None:
@@ -307,7 +307,7 @@ def decode(
                 num_after = jnp.where(num == tile_units, 0, workers_ref[worker, plan.NUM_AFTER])
                 first_row = tiles_ref[tile, plan.FIRST_TOKEN] * Hq + head * G
                 store_columns(
-                    join(out, sums, num_after).astype(jnp.bfloat16),
+                    pieces.join(out, sums, pieces_ref, workers_ref, worker, num_after, launches).astype(jnp.bfloat16),
                     out_ref,
                     first_row,
                     num_tokens,
@@ -315,32 +315,6 @@ def decode(
                     stored_rows=G,
                     token_stride=Hq,
                 )
-
-        def join(out: jax.Array, sums: jax.Array, num_after: jax.Array) -> jax.Array:
-            """A tile's results: this worker's piece, and those of so many that come after it."""
-            columns = out.shape[1]
-            at_once = max(1, min(8, 96 // pieces.thread_words(D, columns)))  # in registers
-            when(num_after > 0)(lambda: pieces.await_launch(workers_ref, worker + 1, num_after, launches))
-
-            def add(group: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                acc, m, l = carry
-                # The last one stands in for those past the end.
-                indices = [group * at_once + k for k in range(at_once)]
-                received = [
-                    pieces.receive(pieces_ref, worker + 1 + jnp.minimum(index, num_after - 1), D, columns)
-                    for index in indices
-                ]
-                for index, (value, lse) in zip(indices, received, strict=True):
-                    lse = lse + jnp.where(index < num_after, 0.0, -jnp.inf)
-                    m_new = jnp.maximum(m, lse)
-                    alpha, weight = jnp.exp2(m - m_new), jnp.exp2(lse - m_new)
-                    acc = acc * _spread(alpha, D) + value * _spread(weight, D)
-                    m, l = m_new, l * alpha + weight
-                return acc, m, l
-
-            one = plgpu.layout_cast(jnp.full((columns,), 1.0, jnp.float32), _COLUMNS)
-            acc, _, l = lax.fori_loop(0, pl.cdiv(num_after, at_once), add, (out, sums, one))
-            return acc * _spread(1.0 / l, D)
 
         def walk(body: Any) -> None:
             _segments(tiles_ref, workers_ref, worker, Hk, body)
@@ -383,7 +357,7 @@ def decode(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((T * Hq, D), q.dtype),
-            jax.ShapeDtypeStruct((config.num_ctas, 128 * pieces.thread_words(D, M)), jnp.int32),
+            pieces.all_words(config.num_ctas, D, M),
         ],
         grid=(config.num_ctas,),
         grid_names=("cta",),
@@ -401,8 +375,3 @@ def decode(
         kernel_name="ragged_paged_attention_decode",
     )(*operands)
     return out.reshape(T, Hq, D)
-
-
-def _spread(x: jax.Array, rows: int) -> jax.Array:  # [M] -> [rows, M]
-    """A value for each query, the same in all rows."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (rows, *x.shape), [1]), _ACC)

@@ -28,6 +28,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -35,19 +37,24 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf, vector
 
 from pallas_kernels import ptx
+from pallas_kernels.lane import when
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
+from pallas_kernels.ragged_paged_attention.gpu_tile import columns_of
 
 RESULTS = plgpu.Layout.WGMMA
 SUMS = RESULTS.reduce(0)
-_THREADS = 128
 _CHUNK = 4  # words that a thread writes and reads at once
-# Reads of a number that doesn't change, in half a minute at least: who should write it isn't running.
-_PATIENCE = 1 << 26
+_AT_ONCE, _WORDS_AT_ONCE = 8, 96  # pieces that are joined together, and a thread's words of them: they are in registers
 
 
-def thread_words(dim: int, columns: int) -> int:
+def all_words(num_workers: int, dim: int, columns: int) -> jax.ShapeDtypeStruct:
+    """Room for a piece of each worker."""
+    return jax.ShapeDtypeStruct((num_workers, ptx.WARPGROUP * _thread_words(dim, columns)), jnp.int32)
+
+
+def _thread_words(dim: int, columns: int) -> int:
     """Words that a thread has of a piece: results, and a sum for each of its columns; whole chunks."""
-    words = dim * columns // _THREADS + columns // 4
+    words = dim * columns // ptx.WARPGROUP + columns // 4
     return -(-words // _CHUNK) * _CHUNK
 
 
@@ -72,19 +79,51 @@ def count_launch(workers: Any, worker: jax.Array, launches: jax.Array) -> None:
         # All threads' words come before it: they met, and it is a release of the GPU's scope.
         mgpu.warpgroup_barrier()
         number = arith.addi(launches.registers.item(), ptx.i32(1))
-        first = arith.cmpi(arith.CmpIPredicate.eq, _thread(), ptx.i32(0))
+        first = arith.cmpi(arith.CmpIPredicate.eq, ptx.thread(), ptx.i32(0))
         ptx.store(_launches_of(workers, worker.registers.item()), [number], order=".release.gpu", predicate=first)
 
     write(workers, worker, launches)
 
 
-def await_launch(workers: Any, first: jax.Array, num: jax.Array, launches: jax.Array) -> None:
+def join(
+    results: jax.Array,  # float32[D, M]
+    sums: jax.Array,  # float32[M]
+    words: Any,  # int32[C, n] in global memory
+    workers: Any,  # int32[C, ...]
+    worker: jax.Array,  # int32[], whose piece the first two are
+    num_after: jax.Array,  # int32[], of the workers that come after it, those whose pieces are awaited
+    launches: jax.Array,  # int32[], before this one
+) -> jax.Array:  # float32[D, M]
+    """The results of all of them together."""
+    dim, columns = results.shape
+    at_once = max(1, min(_AT_ONCE, _WORDS_AT_ONCE // _thread_words(dim, columns)))
+    when(num_after > 0)(lambda: _await_launch(workers, worker + 1, num_after, launches))
+
+    def add(group: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        acc, m, l = carry
+        # The last one stands in for those past the end.
+        indices = [group * at_once + k for k in range(at_once)]
+        received = [_receive(words, worker + 1 + jnp.minimum(index, num_after - 1), dim, columns) for index in indices]
+        for index, (value, lse) in zip(indices, received, strict=True):
+            lse = lse + jnp.where(index < num_after, 0.0, -jnp.inf)
+            m_new = jnp.maximum(m, lse)
+            alpha, weight = jnp.exp2(m - m_new), jnp.exp2(lse - m_new)
+            acc = acc * columns_of(alpha, dim) + value * columns_of(weight, dim)
+            m, l = m_new, l * alpha + weight
+        return acc, m, l
+
+    one = plgpu.layout_cast(jnp.full((columns,), 1.0, jnp.float32), SUMS)
+    acc, _, l = lax.fori_loop(0, pl.cdiv(num_after, at_once), add, (results, sums, one))
+    return acc * columns_of(1.0 / l, dim)
+
+
+def _await_launch(workers: Any, first: jax.Array, num: jax.Array, launches: jax.Array) -> None:
     """Until ``num`` workers from ``first`` on have counted the launch after so many; a thread looks at one of them."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[ptx.SCALAR] * 3))
     def wait(_: Any, workers: Any, first: Any, num: Any, launches: Any) -> None:
         first, num, launches = (x.registers.item() for x in (first, num, launches))
-        loop = scf.WhileOp([ptx.word(), ptx.word()], [_thread(), ptx.i32(0)])
+        loop = scf.WhileOp([ptx.word(), ptx.word()], [ptx.thread(), ptx.i32(0)])
         with ir.InsertionPoint(loop.before.blocks.append(ptx.word(), ptx.word())) as point:
             mine, times = point.block.arguments
             scf.condition(ptx.less(mine, num), [mine, times])
@@ -92,8 +131,8 @@ def await_launch(workers: Any, first: jax.Array, num: jax.Array, launches: jax.A
             mine, times = point.block.arguments
             [word] = ptx.load(_launches_of(workers, arith.addi(first, mine)), 1, order=".acquire.gpu")
             waits = arith.cmpi(arith.CmpIPredicate.eq, word, launches)
-            mgpu.inline_ptx("trap;", predicate=arith.cmpi(arith.CmpIPredicate.eq, times, ptx.i32(_PATIENCE)))
-            following = arith.select(waits, mine, arith.addi(mine, ptx.i32(_THREADS)))
+            ptx.give_up_after(times)
+            following = arith.select(waits, mine, arith.addi(mine, ptx.i32(ptx.WARPGROUP)))
             scf.yield_([following, arith.addi(times, ptx.i32(1))])
         mgpu.warpgroup_barrier()
 
@@ -103,7 +142,7 @@ def await_launch(workers: Any, first: jax.Array, num: jax.Array, launches: jax.A
 def publish(
     results: jax.Array,  # float32[D, M] in the layout RESULTS
     sums: jax.Array,  # float32[M], SUMS
-    words: Any,  # int32[C, 128 * n] in global memory, n >= thread_words
+    words: Any,  # int32[C, n] in global memory, see all_words
     worker: jax.Array,  # int32[], whose piece it is
 ) -> None:
     """Writes a piece; ``count_launch`` says that it is there."""
@@ -123,8 +162,8 @@ def publish(
     write(results, sums, words, worker)
 
 
-def receive(
-    words: Any,  # int32[C, 128 * n] in global memory
+def _receive(
+    words: Any,  # int32[C, n] in global memory
     worker: jax.Array,  # int32[]
     dim: int,
     columns: int,
@@ -138,7 +177,7 @@ def receive(
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR), return_type=kinds)
     def read(_: Any, words: Any, worker: Any) -> list[Any]:
-        places = _chunks(words, worker.registers.item(), thread_words(dim, columns))
+        places = _chunks(words, worker.registers.item(), _thread_words(dim, columns))
         loaded = iter([word for address in places for word in ptx.load(address, _CHUNK)])
         found = []
         for kind in kinds:
@@ -154,10 +193,6 @@ def receive(
     return results, sums
 
 
-def _thread() -> Any:
-    return arith.remui(mgpu.thread_idx(), ptx.i32(_THREADS))
-
-
 def _launches_of(workers: Any, worker: Any) -> Any:
     [_, columns] = ir.MemRefType(workers.type).shape
     return ptx.address(workers, arith.addi(arith.muli(worker, ptx.i32(columns)), ptx.i32(plan.LAUNCHES)))
@@ -167,6 +202,6 @@ def _chunks(words: Any, worker: Any, num_words: int) -> Iterator[Any]:
     """Addresses of this thread's chunks of a worker's piece."""
     [_, size] = ir.MemRefType(words.type).shape
     first = arith.muli(worker, ptx.i32(size))
-    mine = arith.addi(first, arith.muli(_thread(), ptx.i32(_CHUNK)))
+    mine = arith.addi(first, arith.muli(ptx.thread(), ptx.i32(_CHUNK)))
     for i in range(num_words // _CHUNK):
-        yield ptx.address(words, arith.addi(mine, ptx.i32(i * _CHUNK * _THREADS)))
+        yield ptx.address(words, arith.addi(mine, ptx.i32(i * _CHUNK * ptx.WARPGROUP)))

@@ -27,9 +27,8 @@ ROW, FIRST_TOKEN, NUM_TOKENS, FIRST_POS, FIRST_UNIT, NUM_UNITS, KV_LEN = range(7
 # it has of the tile that it starts with, and the places (see unit_place) of the first NUM_PLACES of them.
 # NUM_AFTER is how many workers go on with the tile and head that it begins last. LAUNCHES is the kernel's own: see
 # gpu_pieces.py.
-START_TILE, START_HEAD, START_UNIT, WORKER_UNITS, FIRST_PADDING, FIRST_UNITS, NUM_AFTER, LAUNCHES, FIRST_PLACE = range(
-    9
-)
+START_TILE, START_HEAD, START_UNIT, WORKER_UNITS, FIRST_PADDING, FIRST_UNITS = range(6)
+NUM_AFTER, LAUNCHES, FIRST_PLACE = range(6, 9)
 NUM_PLACES = 8
 
 

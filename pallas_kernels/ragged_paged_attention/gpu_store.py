@@ -21,8 +21,6 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import ptx
 
-_THREADS = 128
-
 
 def store_columns(
     value: jax.Array,  # [D, M] in the WGMMA layout
@@ -66,11 +64,11 @@ def store_zeros(
 ) -> None:
     """Zeros for every ``step``-th token of a range."""
     num_words = token_rows * ref.shape[1] * jnp.dtype(ref.dtype).itemsize // 4
-    chunk = 4 * _THREADS
+    chunk = 4 * ptx.WARPGROUP
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR))
     def store(_: Any, ref: Any, token: Any) -> None:
-        mine = arith.muli(arith.remui(mgpu.thread_idx(), ptx.i32(_THREADS)), ptx.i32(4))
+        mine = arith.muli(ptx.thread(), ptx.i32(4))
         first = arith.muli(token.registers.item(), ptx.i32(num_words))
         for i in range(-(-num_words // chunk)):
             word = arith.addi(mine, ptx.i32(i * chunk))

@@ -1,7 +1,8 @@
 """What the decode and the prefill kernel share: where a tile's keys are, and what a computing warpgroup does with
 registers.
 
-Matrices are in the WGMMA layout, values for each row in its reduction. Logits are in units of log2.
+Matrices are in the WGMMA layout, values for each row, or for each column of the decode kernel's transposed ones, in its
+reduction. Logits are in units of log2.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ def mask(
 def rows_of(x: jax.Array, like: jax.Array) -> jax.Array:
     """A value for each row, spread over the columns."""
     return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def columns_of(x: jax.Array, rows: int) -> jax.Array:  # [M] -> [rows, M]
+    """A value for each column, the same in all rows."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (rows, *x.shape), [1]), plgpu.Layout.WGMMA)
 
 
 def unit_rows(
