@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build_engine
 from jaxserve.models.registry import build
-from jaxserve.runner.compiler import Compiler
+from jaxserve.runner.compile import compile_all, measure_temp
+from jaxserve.runner.compiler import Compiler, Task
 from jaxserve.runner.executables import BurstKey, sample_keys
 from jaxserve.sampling.tier import Tier
 from jaxserve.weights.config_file import read_model_toml
@@ -43,6 +44,32 @@ def test_an_engine_that_is_gone_leaves_no_compiled_code():
     del engine
     assert alive - before > 500
     assert num_mappings() - before < 50
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_pythons_garbage_collector_waits_while_executables_are_traced(monkeypatch, was_enabled):
+    """And is as it was before afterwards, whatever happens."""
+    compiler = build_engine(SMALL, progress=False).core.runner.compiler()
+    lower, seen = Task.lower, []
+
+    def spy(task):
+        seen.append(gc.isenabled())
+        if len(seen) > 2:
+            raise RuntimeError("no more")
+        return lower(task)
+
+    monkeypatch.setattr(Task, "lower", spy)
+    set_as = gc.enable if was_enabled else gc.disable
+    set_as()
+    try:
+        measure_temp([compiler.admit()], None)
+        assert gc.isenabled() == was_enabled
+        with pytest.raises(RuntimeError, match="no more"):
+            compile_all(compiler, None, progress=False)
+        assert gc.isenabled() == was_enabled
+    finally:
+        gc.enable()
+    assert seen == [False] * 3
 
 
 def test_options_of_a_gpu(monkeypatch):
