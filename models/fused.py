@@ -1,4 +1,4 @@
-"""Which models run one layer's products in one launch with the next one's qkv, where there are few tokens."""
+"""Which models run what stands between two layers' attention in one launch or in four, where there are few tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.post_attention.api import supports
+from pallas_kernels.post_attention.api import num_launches, supports
 from pallas_kernels.post_attention.plan import ITEM_ROWS, Shape
 from pallas_kernels.post_attention.types import PostAttentionSpec
 
@@ -28,15 +28,18 @@ class GPU:
 
 @dataclass(frozen=True)
 class FusedLayers:
-    """Static: the op's settings, its shape but for the rows, and the CTAs of a launch."""
+    """Static: the op's settings, its shape but for the rows, and the GPU's multiprocessors."""
 
     spec: PostAttentionSpec
     shape: Shape
     num_ctas: int
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a step of so many tokens, padding included, runs like this."""
-        return supports(self.rows(num_tokens), self.spec, jnp.bfloat16, num_ctas=self.num_ctas) is None
+    def launches(self, num_tokens: int) -> int:
+        """Of one layer, 1 or 4, in a step of so many tokens, padding included; 0 if it doesn't run like this."""
+        shape = self.rows(num_tokens)
+        if supports(shape, self.spec, jnp.bfloat16, num_ctas=self.num_ctas) is not None:
+            return 0
+        return num_launches(shape, self.num_ctas)
 
     def rows(self, num_tokens: int) -> Shape:
         return replace(self.shape, M=num_tokens)

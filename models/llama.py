@@ -94,7 +94,7 @@ class Llama(nnx.Module):
         tables = rope_tables((layer.rope for layer in layers), positions, self.config.head_dim)
         x = self.embed(token_ids)  # [T, E]
         fused = self.fused_layers
-        if fused is not None and fused.fits(len(token_ids)) and not any(layer.is_packed() for layer in self.layers):
+        if fused is not None and fused.launches(len(token_ids)) and not any(layer.is_packed() for layer in self.layers):
             return self._fused(fused, x, tables, kv, attend)
 
         @partial(jax.jit, static_argnums=(0, 1))
@@ -117,7 +117,7 @@ class Llama(nnx.Module):
         kv: tuple[KVPool, ...],
         attend: Attend,
     ) -> tuple[jax.Array, tuple[KVPool, ...]]:
-        """The layers, each from its attention on in one launch with the next one's qkv."""
+        """The layers, each from its attention on in one op with the next one's qkv."""
         layers = self.config.layers
 
         @partial(jax.jit, static_argnums=(0, 1))

@@ -43,7 +43,7 @@ class Model:
         config: as built, so with the number of KV heads that the build was asked for.
         dtype: of parameters and activations.
         padded_vocab: rows of ``embed.weight`` and ``lm_head.weight``.
-        fused: how layers run in one launch each where there are few tokens; or why they don't.
+        fused: how layers run in one launch or four each where there are few tokens; or why they don't.
         params: tree of ``jax.ShapeDtypeStruct``; ``params["layers"]`` is a list, all else are dicts.
         param_axes: the same tree with a tuple of logical axis names at every leaf.
     """
@@ -62,9 +62,9 @@ class Model:
         """Weights of a layer, the mean over all."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params["layers"])) / self.config.num_layers
 
-    def fuses(self, num_tokens: int) -> bool:
-        """Whether layers run in one launch each in a step of so many tokens, padding included."""
-        return not isinstance(self.fused, str) and self.fused.fits(num_tokens)
+    def launches(self, num_tokens: int) -> int:
+        """Of our kernels between two layers' attention, in a step of so many tokens, padding included: 0, 1 or 4."""
+        return 0 if isinstance(self.fused, str) else self.fused.launches(num_tokens)
 
     def hidden(
         self,

@@ -29,14 +29,16 @@ def check_kernels(case: Case, kernels: Counter[str], num_layers: int) -> list[st
 
 def check_fused(case: Case, kernels: Counter[str], num_layers: int) -> list[str]:
     """Where layers are fused, all but the last one are."""
-    launches = (num_layers - 1) * case.fuses_layers
-    found = kernels["post_attention"]
-    return [] if found == launches else [f"{found} kernels post_attention; {launches} expected"]
+    return _check_calls(kernels, {name: (num_layers - 1) * launches for name, launches in case.launches.items()})
 
 
 def check_sampler(case: Case, kernels: Counter[str], *, truncates: bool) -> list[str]:
     """A sampler draws once and, if it truncates, finds one threshold a row: by our kernels, where they are."""
     expected = {"gumbel_argmax": case.sampler_kernels, "truncation_threshold": case.sampler_kernels * truncates}
+    return _check_calls(kernels, expected)
+
+
+def _check_calls(kernels: Counter[str], expected: dict[str, int]) -> list[str]:
     return [
         f"{kernels[name]} kernels {name}; {calls} expected"
         for name, calls in expected.items()

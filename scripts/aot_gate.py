@@ -92,9 +92,12 @@ class Case:
         return 1 if self.target == "h100" and self.num_tokens <= MAX_SEQS else 2
 
     @property
-    def fuses_layers(self) -> bool:
-        """Whether a layer's products are one launch with the next one's qkv: few tokens of a small model."""
-        return self.target == "h100" and self.kind == "burst"
+    def launches(self) -> dict[str, int]:
+        """Of our kernels between two layers' attention: few tokens take one for all, or one a product."""
+        fuses = self.target == "h100" and self.num_tokens <= 64
+        whole = fuses and self.model != "llama-3.1-8b" and self.num_tokens <= 32
+        products = {f"post_attention_{name}": int(fuses and not whole) for name in ("o", "gate_up", "down", "qkv")}
+        return {"post_attention": int(whole), **products}
 
     @property
     def sampler_kernels(self) -> int:
@@ -134,8 +137,10 @@ def cases() -> list[Case]:
                 ("mixed_soft_cap_sinks_g16", 512, 48, {"soft_cap": 30.0, "has_sinks": True, "num_kv_heads": 2}),
             ]
         found += [Case(target, "op", label, tokens, temp, "", changes) for label, tokens, temp, changes in ops]
-    # The most tokens of fused layers, of a model whose sizes are no multiples of 128.
+    # The most tokens of layers in one launch, of a model whose sizes are no multiples of 128; and layers in four.
     found.append(Case("h100", "burst", "smollm2-135m", 32, 64, "smollm2-135m"))
+    found.append(Case("h100", "burst", "llama-3.1-8b", 8, 64, "llama-3.1-8b"))
+    found.append(Case("h100", "burst", "qwen3-0.6b_64", 64, 64, "qwen3-0.6b"))
     for quantization, label, num_tokens, temp, kv_dtype in (
         ("int8", "decode", MAX_SEQS, 64, "bfloat16"),
         ("fp8_weight_only", "decode", MAX_SEQS, 64, "bfloat16"),

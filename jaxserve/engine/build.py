@@ -129,7 +129,7 @@ def _build(config: EngineConfig, progress: bool | None) -> Engine:
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
     executables = runner.start(cache_dir=config.compilation_cache_dir, progress=progress, temp_limit=memory.most_temp)
-    sizes = {tokens: model.fuses(tokens) for tokens, _ in runner_config.token_buckets}
+    sizes = {tokens: model.launches(tokens) == 1 for tokens, _ in runner_config.token_buckets}
     rule = adaptive_rule(config, platform, sizes, drafter)
     fixed_cost = fixed_step_cost(platform, model.layer_size / mesh.size)
     scheduler = Scheduler(_scheduler_config(config, runner_config, rule, fixed_cost))

@@ -60,10 +60,14 @@ def describe(
 def _layers(model: Model, executables: Executables) -> str:
     if isinstance(model.fused, str):
         return f"XLA's products: {model.fused}"
-    sizes = [str(tokens) for tokens in sorted({tokens for tokens, _ in executables.forward}) if model.fuses(tokens)]
-    if not sizes:
+    sizes = sorted({tokens for tokens, _ in executables.forward})
+    found = []
+    for launches, name in ((1, "one launch"), (4, "four launches")):
+        alike = [str(tokens) for tokens in sizes if model.launches(tokens) == launches]
+        found += [f"in {name} each in steps of {' or '.join(alike)} tokens"] if alike else []
+    if not found:
         return "XLA's products: no step is small enough"
-    return f"all but the last in one launch each, in steps of {' or '.join(sizes)} tokens, padding included"
+    return f"all but the last {', '.join(found)}, padding included"
 
 
 def _bursts(executables: Executables) -> str:

@@ -2,9 +2,9 @@
 residual, norm, and the next layer's qkv product.
 
 Kernels of their own for each of these spend more time on starting, and on waiting for their slowest part, than on
-reading a small model's weights. The op is one launch (gpu.py), for few rows; where ``supports`` says why not, a caller
-composes a layer of XLA's products. The op rounds less often than those: sums of products stay in float32 until the
-residual is added or the gate is multiplied by up.
+reading a small model's weights. With few rows of a small model the op is one launch (gpu.py), with more of either four
+(gpu_products.py); where ``supports`` says why not, a caller composes a layer of XLA's products. The op rounds less
+often than those: sums of products stay in float32 until the residual is added or the gate is multiplied by up.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.lower_once import run_lowered
 from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Shape, phases, word_places
+from pallas_kernels.post_attention.product_plan import plan_products
 from pallas_kernels.post_attention.reference import ACTIVATIONS
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
 
+# Of one launch: with more rows its CTAs hand each other too much, with more bytes of weights they read too unevenly.
 MAX_ROWS = 32
-# Of a layer's weights, in bytes: where reading them takes long, XLA's products read them as fast, and at 100 MB faster.
 MAX_BYTES = 64 * 2**20
 CAPABILITY = "9.0"
 _MAX_PIECES = 48  # that a thread awaits at once, in 4 registers each
@@ -51,14 +52,33 @@ def supports(
         return f"its activations are {' and '.join(ACTIVATIONS)}, not {spec.activation}"
     if odd:
         return f"{odd[0]}, no multiple of {COLUMNS}"
-    if shape.M % ITEM_ROWS or not 0 < shape.M <= MAX_ROWS:
-        return f"it takes {ITEM_ROWS} to {MAX_ROWS} rows, a multiple of {ITEM_ROWS}, not {shape.M}"
+    if shape.M % ITEM_ROWS or shape.M <= 0:
+        return f"it takes rows in multiples of {ITEM_ROWS}, not {shape.M}"
+    one, four = _refuses_one(shape, num_ctas), _refuses_four(shape, num_ctas)
+    return f"in one launch: {one}; in four: {four}" if one and four else None
+
+
+def num_launches(shape: Shape, num_ctas: int) -> int:
+    """Of the op where it is supported: 1 or 4."""
+    return 4 if _refuses_one(shape, num_ctas) else 1
+
+
+def _refuses_one(shape: Shape, num_ctas: int) -> str | None:
+    """Why the op isn't one launch."""
+    if shape.M > MAX_ROWS:
+        return f"{shape.M} rows, above {MAX_ROWS}"
     if layer_bytes(shape) > MAX_BYTES:
-        return f"a layer has {layer_bytes(shape) >> 20} MiB: above {MAX_BYTES >> 20}, products of their own are as fast"
+        return f"a layer has {layer_bytes(shape) >> 20} MiB, above {MAX_BYTES >> 20}"
     pieces = max(p.num_parts * p.max_column_pieces for p in phases(shape, num_ctas))
     if pieces > _MAX_PIECES:
-        return f"a column's sum would come in {pieces} pieces; at most {_MAX_PIECES}"
+        return f"a column's sum would come in {pieces} pieces, above {_MAX_PIECES}"
     return None
+
+
+def _refuses_four(shape: Shape, num_ctas: int) -> str | None:
+    """Why the op isn't four launches."""
+    plans = plan_products(shape, num_ctas)
+    return plans if isinstance(plans, str) else None
 
 
 def layer_bytes(shape: Shape) -> int:
@@ -66,8 +86,10 @@ def layer_bytes(shape: Shape) -> int:
     return 2 * (shape.A * shape.E + 3 * shape.E * shape.F + shape.E * shape.Q)
 
 
-def empty_words(shape: Shape, num_ctas: int) -> Words:
-    """What the first launch of a step is given."""
+def empty_words(shape: Shape, num_ctas: int) -> Words | None:
+    """What the first launch of a step is given. None where a layer has four: those hand each other whole results."""
+    if num_launches(shape, num_ctas) == 4:
+        return None
     places = word_places(shape, num_ctas)
     sizes = places.num_piece_words, places.num_words, places.num_words
     return Words(*(jnp.full(size, -1, jnp.int32) for size in sizes))
@@ -78,10 +100,10 @@ def post_attention(
     x: jax.Array,  # [M, E] bfloat16
     layer: LayerWeights,
     following: NextWeights,
-    words: Words,
+    words: Words | None,
     spec: PostAttentionSpec,
     num_ctas: int,
-) -> tuple[jax.Array, jax.Array, Words]:
+) -> tuple[jax.Array, jax.Array, Words | None]:
     """The residual stream [M, E] after ``layer``, and ``following``'s qkv [M, Q].
 
     Args:
@@ -89,8 +111,8 @@ def post_attention(
         x: the residual stream before it.
         words: ``empty_words`` of the same shape and ``num_ctas`` for a step's first launch, then what the last one
             returned. They're written in place where nothing else reads them later.
-        num_ctas: multiprocessors of the GPU. All CTAs of the launch wait for each other, so that many must be able to
-            run at once: the GPU is this process's own, and nothing else that waits runs on it at the time.
+        num_ctas: multiprocessors of the GPU. All CTAs of a single launch wait for each other, so that many must be able
+            to run at once: the GPU is this process's own, and nothing else that waits runs on it at the time.
 
     Raises:
         UnsupportedPostAttentionError: the kernel can't compute these shapes.
@@ -112,8 +134,10 @@ def post_attention(
     reason = supports(shape, spec, attended.dtype, num_ctas=num_ctas)
     if reason is not None:
         raise UnsupportedPostAttentionError(f"post_attention can't run: {reason}")
-    # Imported here: a machine without a GPU may lack what the kernel's module needs.
-    gpu = importlib.import_module("pallas_kernels.post_attention.gpu")
-    settings = {"spec": spec, "num_ctas": num_ctas}
-    arrays = {"attended": attended, "x": x, "layer": layer, "following": following, "words": words}
-    return run_lowered(gpu.post_attention, settings, **arrays)
+    arrays = {"attended": attended, "x": x, "layer": layer, "following": following}
+    # Imported here: a machine without a GPU may lack what the kernels' modules need.
+    if num_launches(shape, num_ctas) == 4:
+        four = importlib.import_module("pallas_kernels.post_attention.gpu_products")
+        return *run_lowered(four.post_attention, {"spec": spec, "multiprocessors": num_ctas}, **arrays), None
+    one = importlib.import_module("pallas_kernels.post_attention.gpu")
+    return run_lowered(one.post_attention, {"spec": spec, "num_ctas": num_ctas}, **arrays, words=words)

@@ -43,6 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lane import when
 from pallas_kernels.post_attention import exchange
+from pallas_kernels.post_attention.gpu_activations import ACTIVATIONS
 from pallas_kernels.post_attention.plan import COLUMNS, ITEM_ROWS, Phase, Shape, phases, word_places
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
 from pallas_kernels.ragged_paged_attention.gpu_tile import smem_tile
@@ -51,11 +52,6 @@ _SMEM_TILES = 224  # KB for weights and activations
 _FREED = 2  # units that are freed at once: all 128 threads arrive at a barrier, one after the other
 # Units of weights on their way. More than memory's latency asks for make everybody's other accesses wait behind them.
 _IN_FLIGHT = 2
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": lambda x: x / (1.0 + jnp.exp(-x)),
-    "gelu_tanh": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.7978845608 * (x + 0.044715 * x * x * x))),
-}
 
 
 def _fetch_units(M: int, slice_len: int) -> int:
@@ -267,7 +263,7 @@ def post_attention(
         def activate(column: jax.Array, row: jax.Array) -> None:
             scale = factor(0, row)
             gate, up = whole(1, column, row)
-            inner = (_ACTIVATIONS[spec.activation](gate * scale) * (up * scale)).astype(jnp.bfloat16)
+            inner = (ACTIVATIONS[spec.activation](gate * scale) * (up * scale)).astype(jnp.bfloat16)
             begin = places.activations[1] + row * (F // 2) + column * (COLUMNS // 2)
             exchange.publish_item(inner, current_ref, begin, F // 2)
 

@@ -48,11 +48,15 @@ def test_slots_are_whole_smallest_buckets(platform, most, slots):
 def test_what_an_engine_says_of_its_layers():
     def says(fused, *sizes):
         executables = SimpleNamespace(forward={(size, 8): None for size in sizes})
-        return _layers(SimpleNamespace(fused=fused, fuses=lambda size: size <= 16), executables)
+        model = SimpleNamespace(fused=fused, launches=lambda size: 1 if size <= 16 else 4 * (size <= 64))
+        return _layers(model, executables)
 
     assert says("the device is a CPU", 8, 64) == "XLA's products: the device is a CPU"
-    assert says(None, 64, 128) == "XLA's products: no step is small enough"
-    assert says(None, 64, 16, 8) == "all but the last in one launch each, in steps of 8 or 16 tokens, padding included"
+    assert says(None, 128, 256) == "XLA's products: no step is small enough"
+    one, four = "in one launch each in steps of 8 or 16 tokens", "in four launches each in steps of 64 tokens"
+    assert says(None, 16, 8) == f"all but the last {one}, padding included"
+    assert says(None, 64, 128) == f"all but the last {four}, padding included"
+    assert says(None, 64, 16, 8, 256) == f"all but the last {one}, {four}, padding included"
 
 
 HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)

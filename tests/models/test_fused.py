@@ -1,4 +1,4 @@
-"""Layers in one launch each: which models, and that the model hands the op what a layer of products computes with.
+"""Layers in one op each: which models, and that the model hands the op what a layer of products computes with.
 
 The op itself needs a GPU (tests/pallas_kernels/test_post_attention.py); here its reference stands for it.
 """
@@ -62,7 +62,7 @@ def launches(monkeypatch):
 def test_a_fused_model_is_the_model(launches, name):
     """Same roundings, so the same bits: weights are those of the right layer, in the right order."""
     fused, plain = (build(small(name), dtype="bfloat16", padded_vocab=136, gpu=gpu) for gpu in (HOPPER, "none"))
-    assert [n for n in range(1, 65) if fused.fused.fits(n)] == [8, 16, 24, 32]
+    assert [n for n in range(1, 65) if fused.launches(n)] == [8, 16, 24, 32]
     params = random_params(plain)
     np.testing.assert_array_equal(hidden(fused, params), hidden(plain, params))
     assert len(launches) == 2, "the last layer has no next one"

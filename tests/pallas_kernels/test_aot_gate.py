@@ -80,6 +80,15 @@ def test_layers_that_are_not_fused_are_found() -> None:
     assert checks.check_fused(burst, two, num_layers=2)
     assert not checks.check_fused(_case("h100"), none, num_layers=2)
     assert checks.check_fused(_case("h100"), one, num_layers=2)
+    large, four = (
+        gate.Case("h100", "burst", "llama-3.1-8b", 8, 64, "llama-3.1-8b"),
+        [("mosaic_gpu_v2", f"post_attention_{name}") for name in ("o", "gate_up", "down", "qkv")],
+    )
+    assert not checks.check_fused(large, checks.kernel_calls(_compiled(*four)), num_layers=2)
+    assert checks.check_fused(large, checks.kernel_calls(_compiled(launch, *four[1:])), num_layers=2) == [
+        "1 kernels post_attention; 0 expected",
+        "0 kernels post_attention_o; 1 expected",
+    ]
 
 
 def test_a_sampler_that_fell_back_to_xla_is_found() -> None:
