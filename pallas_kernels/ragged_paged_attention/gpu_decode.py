@@ -176,7 +176,7 @@ def decode(
                 def _(unit: int = unit) -> None:
                     place = workers_ref[worker, plan.FIRST_PLACE + unit]
                     source = place_rows(place, values.shape, workers_ref[worker, plan.START_HEAD])
-                    fetch_step(kv_ref, [source], Hk, False, buffers_of(unit), [None])
+                    fetch_step(kv_ref, [source], Hk, None, buffers_of(unit), [None])
 
         def fetch(segment: Any, tile: Any, head: Any, unit: Any, num: Any, done: Any) -> None:
             fetch_q(segment, tile, head)

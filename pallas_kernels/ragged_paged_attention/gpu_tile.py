@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.lane import when
 from pallas_kernels.ragged_paged_attention import gpu_plan as plan
 from pallas_kernels.ragged_paged_attention.types import AttentionSpec
 
@@ -137,29 +138,26 @@ def fetch_unit(
     if num_keys is None:
         copy(plan.UNIT)
         return
-    pl.when(num_keys > plan.UNIT - _PART)(functools.partial(copy, plan.UNIT))
+    when(num_keys > plan.UNIT - _PART)(functools.partial(copy, plan.UNIT))
 
-    @pl.when(num_keys <= plan.UNIT - _PART)
+    @when(num_keys <= plan.UNIT - _PART)
     def _() -> None:
         for size in range(_PART, plan.UNIT, _PART):
-            pl.when((num_keys > size - _PART) & (num_keys <= size))(functools.partial(copy, size))
+            when((num_keys > size - _PART) & (num_keys <= size))(functools.partial(copy, size))
 
 
 def fetch_step(
     kv_ref: Any,  # ref [N * 2 * Hk, B, D]
     places: list[tuple[jax.Array, jax.Array]],  # of the step's units: see unit_rows
     num_kv_heads: int,
-    reuses: jax.Array | bool,  # whether an earlier step had these buffers
+    reuses: jax.Array | None,  # whether an earlier step had these buffers; None is that none had
     buffers: Any,  # of K, then V: (ref [units * 64, D], the barrier of its arrival, the barrier of its release)
     num_keys: list[jax.Array | None],  # of the step's units: see fetch_unit
 ) -> None:
     """Starts the copies of a step's keys and values, as soon as their buffers are free."""
     for part, (smem, full, free) in enumerate(buffers):
-
-        @pl.when(reuses)
-        def _(free: Any = free) -> None:
-            plgpu.barrier_wait(free)
-
+        if reuses is not None:
+            when(reuses)(functools.partial(plgpu.barrier_wait, free))
         for u, ((index, row), keys) in enumerate(zip(places, num_keys, strict=True)):
             source, target = kv_ref.at[index + part * num_kv_heads], smem.at[pl.ds(u * plan.UNIT, plan.UNIT)]
             fetch_unit(source, row, target, full, keys)
@@ -180,9 +178,7 @@ def widen_step(
         raw, arrived = raw_of(n)
 
         # Its slot was read before the last commit_smem, which waited for all of the warpgroup.
-        @pl.when(n + ahead < num_loads)
-        def _(n: Any = n) -> None:
-            load(n + ahead)
+        when(n + ahead < num_loads)(functools.partial(load, n + ahead))
 
         plgpu.barrier_wait(arrived)
         widen(raw, smem.at[pl.ds(u * plan.UNIT, plan.UNIT)])
