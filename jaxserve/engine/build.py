@@ -29,7 +29,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.attend import PagedAttention
 from jaxserve.runner.buckets import burst_buckets, num_slots, row_buckets, token_buckets
-from jaxserve.runner.compile import measure_temp
+from jaxserve.runner.compile import Trial, pool_free_tasks, run_trial
 from jaxserve.runner.compiler import Compiler
 from jaxserve.runner.config import NgramConfig, RunnerConfig
 from jaxserve.runner.draft import DraftModel
@@ -109,7 +109,7 @@ def _build(config: EngineConfig, progress: bool | None) -> Engine:
     _check_room(config, attention, bytes_on_a_device(abstract))
     runner_config = _runner_config(config, checkpoint.config, platform)
     sketch = abstract_drafter(config, draft_checkpoint, (model, attention))
-    trial = _start_trial(config, Runner(model, abstract, attention, runner_config, sketch).compiler())
+    trying = _start_trial(config, Runner(model, abstract, attention, runner_config, sketch).compiler())
     params = load_params(
         checkpoint,
         model,
@@ -123,12 +123,15 @@ def _build(config: EngineConfig, progress: bool | None) -> Engine:
         target = checkpoint, model, attention, params
         drafter = load_drafter(config, config.speculative_config, draft_checkpoint, target, progress=progress)
     loaded = time.perf_counter()
-    memory = _plan_memory(config, Runner(model, params, attention, runner_config, drafter), trial.result())
+    trial = trying.result()
+    memory = _plan_memory(config, Runner(model, params, attention, runner_config, drafter), trial.temp)
     check_fits(memory, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
     planned = time.perf_counter()
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
-    executables = runner.start(cache_dir=config.compilation_cache_dir, progress=progress, temp_limit=memory.most_temp)
+    executables = runner.start(
+        cache_dir=config.compilation_cache_dir, progress=progress, temp_limit=memory.most_temp, lowered=trial.lowered
+    )
     sizes = {tokens: model.launches(tokens) == 1 for tokens, _ in runner_config.token_buckets}
     rule = adaptive_rule(config, platform, sizes, drafter)
     fixed_cost = fixed_step_cost(platform, model.layer_size / mesh.size)
@@ -260,15 +263,15 @@ def _check_room(config: EngineConfig, attention: PagedAttention, params: int) ->
     check_fits(roomiest, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
 
 
-def _start_trial(config: EngineConfig, compiler: Compiler) -> Future[int]:
-    """Compiles the largest executable of each kind with a small pool, while weights are loaded: bytes of temporaries;
-    0 where it doesn't matter."""
+def _start_trial(config: EngineConfig, compiler: Compiler) -> Future[Trial]:
+    """Compiles the largest executable of each kind with a small pool, while weights are loaded, and traces what has
+    nothing to do with the pool; neither where temporaries don't matter."""
     stats = _memory_stats(compiler.attention.mesh)
     thread = ThreadPoolExecutor(1, "trial")
     if stats.get("bytes_limit") is None or any(getattr(config, name) is not None for name in EXPLICIT):
-        found = thread.submit(int)
+        found = thread.submit(Trial)
     else:
-        found = thread.submit(_trial_temp, compiler, config.compilation_cache_dir)
+        found = thread.submit(_try, compiler, config.compilation_cache_dir)
     thread.shutdown(wait=False)
     return found
 
@@ -294,7 +297,7 @@ def _plan_memory(config: EngineConfig, runner: Runner, temp: int) -> MemoryPlan:
     )
 
 
-def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
+def _try(compiler: Compiler, cache_dir: str | None) -> Trial:
     cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
     largest = [
         compiler.forward(*compiler.config.token_buckets[-1]),
@@ -303,7 +306,7 @@ def _trial_temp(compiler: Compiler, cache_dir: str | None) -> int:
     ]
     if compiler.drafter is not None:
         largest.append(compiler.propose(compiler.drafter, propose_keys(compiler.config)[-1]))
-    return measure_temp(largest, cache)
+    return run_trial(largest, pool_free_tasks(compiler), cache)
 
 
 def _scheduler_config(

@@ -7,10 +7,12 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from jaxserve.runner.compiler import Compiler, Task
@@ -45,24 +47,54 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def measure_temp(tasks: Sequence[Task], cache: ExecutableCache | None) -> int:
-    """Bytes of temporary memory that the neediest task would need on one device, compiled only to see that."""
+@dataclass(frozen=True)
+class Trial:
+    """What is known before a pool has its size.
+
+    Attributes:
+        temp: bytes of temporary memory that the neediest executable needs on one device.
+        lowered: by name, those of ``pool_free_tasks`` that were traced meanwhile.
+    """
+
+    temp: int = 0
+    lowered: Mapping[str, jax.stages.Lowered] = field(default_factory=dict)
+
+
+def run_trial(tasks: Sequence[Task], pool_free: Mapping[Any, Task], cache: ExecutableCache | None) -> Trial:
+    """Compiles the tasks only to see what memory they need, and traces those of ``pool_free`` while that goes on.
+
+    Nothing is traced where ``cache`` knows what the tasks need: it has the executables then.
+    """
     known = {task.name: None if cache is None else cache.load_temp(task) for task in tasks}
     unknown = [task for task in tasks if known[task.name] is None]
     with ThreadPoolExecutor(os.cpu_count()) as pool, _no_collections():
-        compiled = pool.map(lambda task, lowered: lowered.compile(task.options), unknown, [t.lower() for t in unknown])
+        compiled = [pool.submit(_compile, task, task.lower(), None, None) for task in unknown]
+        lowered = {task.name: task.lower() for task in pool_free.values()} if unknown else {}
         for task, executable in zip(unknown, compiled, strict=True):
-            known[task.name] = size = temp_bytes(executable)
+            known[task.name] = size = temp_bytes(executable.result())
             if cache is not None:
                 cache.store_temp(task, size)
-    return max(size for size in known.values() if size is not None)
+    return Trial(max(size for size in known.values() if size is not None), lowered)
 
 
-def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: bool | None) -> Executables:
+def pool_free_tasks(compiler: Compiler) -> dict[Any, Task]:
+    """What is the same for a pool of any size: all that doesn't run layers."""
+    tasks: dict[Any, Task] = {("sample", key): compiler.sample(key) for key in reversed(sample_keys(compiler.config))}
+    return tasks | {"stage": compiler.stage(), "admit": compiler.admit(), "prompt_scores": compiler.prompt_scores()}
+
+
+def compile_all(
+    compiler: Compiler,
+    cache: ExecutableCache | None,
+    *,
+    progress: bool | None,
+    lowered: Mapping[str, jax.stages.Lowered] | None = None,
+) -> Executables:
     """Traces on this thread; loads and compiles on as many threads as there are cores.
 
-    ``progress`` shows a bar; None: on a terminal.
+    ``progress`` shows a bar; None: on a terminal. ``lowered``: by name, tasks that are traced already.
     """
+    lowered = lowered or {}
     tasks, proposals = _tasks(compiler)
     done: dict[Any, Any] = {}
     seconds = {"load executables": 0.0, "trace": 0.0, "compile": 0.0}
@@ -85,9 +117,9 @@ def compile_all(compiler: Compiler, cache: ExecutableCache | None, *, progress: 
         for name, task in tasks.items():
             if name not in done:
                 before = clock()
-                lowered = task.lower()
+                traced = lowered.get(task.name) or task.lower()
                 seconds["trace"] += clock() - before
-                futures[pool.submit(_compile, task, lowered, cache, apart)] = name
+                futures[pool.submit(_compile, task, traced, cache, apart)] = name
         for future in as_completed(futures):
             done[futures[future]] = future.result()
             bar.update()
@@ -125,10 +157,8 @@ def _tasks(compiler: Compiler) -> tuple[dict[Any, Task], tuple[SampleKey, ...]]:
     if compiler.drafter is not None:
         proposals = propose_keys(config)
         tasks |= {("propose", key): compiler.propose(compiler.drafter, key) for key in reversed(proposals)}
-    tasks |= {("sample", key): compiler.sample(key) for key in reversed(sample_keys(config))}
     tasks |= {("forward", key): compiler.forward(*key) for key in buckets if key not in mixed}
-    tasks |= {"stage": compiler.stage(), "admit": compiler.admit(), "prompt_scores": compiler.prompt_scores()}
-    return tasks, proposals
+    return tasks | pool_free_tasks(compiler), proposals
 
 
 def _compile(task: Task, lowered: Any, cache: ExecutableCache | None, apart: ApartFromJaxCache | None) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,16 +91,22 @@ class Runner:
         self.executables: Executables | None = None
 
     def start(
-        self, *, cache_dir: str | None = None, progress: bool | None = False, temp_limit: int | None = None
+        self,
+        *,
+        cache_dir: str | None = None,
+        progress: bool | None = False,
+        temp_limit: int | None = None,
+        lowered: Mapping[str, jax.stages.Lowered] | None = None,
     ) -> Executables:
         """Allocates the state, compiles the closed set or reads it from ``cache_dir``, and runs all of it.
 
         ``progress`` shows a bar; None: on a terminal. Bursts that need more than ``temp_limit`` bytes of temporaries
-        are left out.
+        are left out. ``lowered``: what a trial has traced (``compile.Trial``).
         """
         compiler = self.compiler()
         cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
-        executables = without_large_bursts(compile_all(compiler, cache, progress=progress), temp_limit)
+        executables = compile_all(compiler, cache, progress=progress, lowered=lowered)
+        executables = without_large_bursts(executables, temp_limit)
         before = time.perf_counter()
         kv, self._slots, self._scratch, draft_kv = (
             jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()

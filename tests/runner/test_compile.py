@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import build_engine
 from jaxserve.models.registry import build
-from jaxserve.runner.compile import compile_all, measure_temp
+from jaxserve.runner.compile import compile_all, pool_free_tasks, run_trial
 from jaxserve.runner.compiler import Compiler, Task
 from jaxserve.runner.executables import BurstKey, sample_keys
 from jaxserve.sampling.tier import Tier
@@ -62,7 +62,7 @@ def test_pythons_garbage_collector_waits_while_executables_are_traced(monkeypatc
     set_as = gc.enable if was_enabled else gc.disable
     set_as()
     try:
-        measure_temp([compiler.admit()], None)
+        run_trial([compiler.admit()], {}, None)
         assert gc.isenabled() == was_enabled
         with pytest.raises(RuntimeError, match="no more"):
             compile_all(compiler, None, progress=False)
@@ -70,6 +70,33 @@ def test_pythons_garbage_collector_waits_while_executables_are_traced(monkeypatc
     finally:
         gc.enable()
     assert seen == [False] * 3
+
+
+def test_what_is_traced_before_the_pool_has_its_size_is_the_same_for_any():
+    runner = build_engine(SMALL, progress=False).core.runner
+    small = runner.compiler()
+    kv = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2 * len(leaf), *leaf.shape[1:]), leaf.dtype), small.kv)
+    large = replace(small, config=replace(small.config, num_blocks=2 * small.config.num_blocks), kv=kv)
+
+    def programs(tasks):
+        return {name: task.lower().as_text() for name, task in tasks.items()}
+
+    assert programs(pool_free_tasks(small)) == programs(pool_free_tasks(large))
+    key = small.config.token_buckets[0]
+    assert small.forward(*key).lower().as_text() != large.forward(*key).lower().as_text()
+
+
+def test_what_a_trial_has_traced_is_not_traced_again(monkeypatch):
+    compiler = build_engine(SMALL, progress=False).core.runner.compiler()
+    lower, traced = Task.lower, []
+    monkeypatch.setattr(Task, "lower", lambda task: traced.append(task.name) or lower(task))
+    early = pool_free_tasks(compiler)
+    trial = run_trial([compiler.forward(*compiler.config.token_buckets[-1])], early, None)
+    assert trial.temp > 0 and trial.lowered.keys() == {task.name for task in early.values()}
+    assert len(traced) == 1 + len(early)
+    executables = compile_all(compiler, None, progress=False, lowered=trial.lowered)
+    later = traced[1 + len(early) :]
+    assert not set(later) & trial.lowered.keys() and len(later) + len(early) == executables.num_executables
 
 
 def test_options_of_a_gpu(monkeypatch):

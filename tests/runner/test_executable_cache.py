@@ -14,7 +14,7 @@ import pytest
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine.build import build_engine
 from jaxserve.models.fused import FusedLayers
-from jaxserve.runner.compile import _compile, measure_temp
+from jaxserve.runner.compile import _compile, run_trial
 from jaxserve.runner.executable_cache import ExecutableCache
 from jaxserve.runner.executables import sample_keys
 from jaxserve.runner.jax_cache import ApartFromJaxCache
@@ -157,10 +157,10 @@ def test_the_sources_are_part_of_the_key(tmp_path, compiler, monkeypatch):
 def test_temporary_memory_is_measured_once(tmp_path, compiler, monkeypatch):
     task = compiler.sample(sample_keys(compiler.config)[0])
     cache = ExecutableCache.of(str(tmp_path), compiler)
-    size = measure_temp([task, compiler.stage()], cache)
+    size = run_trial([task, compiler.stage()], {}, cache).temp
     assert size == task.lower().compile().memory_analysis().temp_size_in_bytes
     monkeypatch.setattr(type(task), "lower", lambda self: pytest.fail("compiled again"))
-    assert measure_temp([task, compiler.stage()], cache) == size
+    assert run_trial([task, compiler.stage()], {}, cache).temp == size
 
 
 def test_a_directory_that_cannot_be_written_costs_a_warning_not_the_engine(tmp_path, compiler, caplog):
