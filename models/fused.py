@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.post_attention.api import num_launches, supports
 from pallas_kernels.post_attention.plan import ITEM_ROWS, Shape
+from pallas_kernels.post_attention.product_plan import MAX_ROWS
 from pallas_kernels.post_attention.types import PostAttentionSpec
 
 from .config import ModelConfig
@@ -70,5 +71,8 @@ def fuse_layers(
         Q=heads * config.head_dim,
     )
     spec = PostAttentionSpec(eps=config.norm_eps, norm_offset=norm_offset, activation=config.activation)
-    reason = supports(shape, spec, dtype, num_ctas=gpu.multiprocessors, capability=gpu.capability)
-    return reason or FusedLayers(spec, shape, gpu.multiprocessors)
+    reasons = [
+        supports(replace(shape, M=rows), spec, dtype, num_ctas=gpu.multiprocessors, capability=gpu.capability)
+        for rows in range(ITEM_ROWS, MAX_ROWS + 1, ITEM_ROWS)
+    ]
+    return FusedLayers(spec, shape, gpu.multiprocessors) if None in reasons else str(reasons[0])

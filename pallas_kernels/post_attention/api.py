@@ -109,8 +109,8 @@ def post_attention(
     Args:
         attended: what the layer's attention gave, heads side by side.
         x: the residual stream before it.
-        words: ``empty_words`` of the same shape and ``num_ctas`` for a step's first launch, then what the last one
-            returned. They're written in place where nothing else reads them later.
+        words: ``empty_words`` of the same shape and ``num_ctas`` for a step's first layer, then what the last one
+            returned: None with four launches. They're written in place where nothing else reads them later.
         num_ctas: multiprocessors of the GPU. All CTAs of a single launch wait for each other, so that many must be able
             to run at once: the GPU is this process's own, and nothing else that waits runs on it at the time.
 
@@ -134,9 +134,14 @@ def post_attention(
     reason = supports(shape, spec, attended.dtype, num_ctas=num_ctas)
     if reason is not None:
         raise UnsupportedPostAttentionError(f"post_attention can't run: {reason}")
+    launches = num_launches(shape, num_ctas)
+    if (words is None) != (launches == 4):
+        raise ValueError(
+            f"words {'are missing' if words is None else 'are given'}; a layer has {launches} launches here"
+        )
     arrays = {"attended": attended, "x": x, "layer": layer, "following": following}
     # Imported here: a machine without a GPU may lack what the kernels' modules need.
-    if num_launches(shape, num_ctas) == 4:
+    if launches == 4:
         four = importlib.import_module("pallas_kernels.post_attention.gpu_products")
         return *run_lowered(four.post_attention, {"spec": spec, "multiprocessors": num_ctas}, **arrays), None
     one = importlib.import_module("pallas_kernels.post_attention.gpu")

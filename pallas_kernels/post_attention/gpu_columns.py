@@ -25,7 +25,7 @@ LAYOUT = plgpu.Layout.WGMMA
 _GROUP = 8  # rows that a quad of lanes has together
 _QUADS = 8  # of a warp
 _ACROSS_QUADS = (4, 8, 16)  # distances of lanes that have the same rows
-_WARPS = 4
+NUM_WARPS = 4  # of a warpgroup
 
 
 def load_tile(ref: Any, row: jax.Array, column: jax.Array, num_rows: int) -> jax.Array:
@@ -133,7 +133,7 @@ def store_sums(value: jax.Array, scratch: Any, ref: Any, first: jax.Array, row: 
         mgpu.warpgroup_barrier()
         with mgpu.when(ptx.less(ptx.thread(), ptx.i32(num_rows))):
             terms = []
-            for w in range(_WARPS):
+            for w in range(NUM_WARPS):
                 place = arith.addi(ptx.thread(), ptx.i32(w * num_rows))
                 address = mgpu.getelementptr(base, [place], f32)
                 terms.append(

@@ -6,7 +6,7 @@ is as wide as there are rows. What the caller needs besides the sums is read bef
 
 CTAs of a cluster, which share a tile, hand each other their sums over distributed shared memory: each gives every one
 that finishes rows what it has of those, and those add what they got in the order of the ranks, so that results don't
-depend on time. A store and its arrival at the other's barrier are one operation. Who finishes waits for all; the others
+depend on time. Stores count themselves at the other's barrier when they're done. Who finishes waits for all; the others
 end before, and nobody writes to them.
 
 | barrier | of | arrives | waits |
@@ -32,15 +32,11 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.lane import when
-from pallas_kernels.post_attention.gpu_columns import LAYOUT
+from pallas_kernels.post_attention.gpu_columns import LAYOUT, NUM_WARPS
 from pallas_kernels.post_attention.plan import COLUMNS
-from pallas_kernels.post_attention.product_plan import SLICE, ProductPlan
+from pallas_kernels.post_attention.product_plan import SLICE, ProductPlan, plan_ahead
 from pallas_kernels.ragged_paged_attention.gpu_tile import smem_tile, smem_transforms
 
-# Of the next product's weight, that are asked for when a CTA's last slice is: memory would be idle until that launch's
-# own copies.
-_AHEAD_BYTES = 2 << 20
-_LINE = 128  # bytes
 _SUM_TILES = (32, 16, 8)  # columns of float32 that shared memory holds as one tile
 
 
@@ -156,17 +152,6 @@ def product(
         when(wg == 0)(compute)
         when(wg == 1)(stream)
 
-    scratch = [
-        smem_tile((plan.stages, M, SLICE), jnp.bfloat16),
-        smem_tile((plan.stages, P, SLICE, COLUMNS), jnp.bfloat16),
-        plgpu.Barrier(num_arrivals=P + 1, num_barriers=plan.stages),
-        plgpu.Barrier(num_barriers=plan.stages),
-        plgpu.SMEM((4, R), jnp.float32),
-    ]
-    if C > 1:
-        columns = next(columns for columns in _SUM_TILES if R % columns == 0)
-        shares = plgpu.SMEM((C, P, COLUMNS, R), jnp.float32, transforms=smem_transforms(columns, jnp.float32))
-        scratch += [shares, plgpu.Barrier(num_arrivals=C * P)]
     return plgpu.kernel(
         kernel,
         out_type=written,
@@ -176,7 +161,7 @@ def product(
         cluster_names=("rank",) if C > 1 else (),
         num_threads=2,
         thread_name="wg",
-        scratch_types=[scratch],
+        scratch_types=[_scratch_types(M, plan)],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # What one warpgroup tells another goes over barriers that are said here.
@@ -188,19 +173,37 @@ def product(
     )(x, weight, *([following[0]] if following else []), *read)
 
 
+def _scratch_types(num_rows: int, plan: ProductPlan) -> list[Any]:
+    """The ring with its barriers, room for sums of squares, and of a cluster what it exchanges."""
+    P, C, R = plan.num_parts, plan.split, plan.share_rows
+    ring = [
+        smem_tile((plan.stages, num_rows, SLICE), jnp.bfloat16),
+        smem_tile((plan.stages, P, SLICE, COLUMNS), jnp.bfloat16),
+        plgpu.Barrier(num_arrivals=P + 1, num_barriers=plan.stages),
+        plgpu.Barrier(num_barriers=plan.stages),
+        plgpu.SMEM((NUM_WARPS, R), jnp.float32),
+    ]
+    if C == 1:
+        return ring
+    columns = next(columns for columns in _SUM_TILES if R % columns == 0)
+    shares = plgpu.SMEM((C, P, COLUMNS, R), jnp.float32, transforms=smem_transforms(columns, jnp.float32))
+    # One barrier: JAX 0.11 counts an index twice where it is another CTA's that is arrived at.
+    return [*ring, shares, plgpu.Barrier(num_arrivals=C * P)]
+
+
 def _ask_for(weight: Any, plan: ProductPlan, cta: jax.Array, num_ctas: int) -> None:
     """Has a CTA's part of what a product begins with brought into the L2 cache."""
-    rank_bytes = plan.num_slices * SLICE * weight.shape[1] * 2
-    run = min(_AHEAD_BYTES // plan.split, rank_bytes)  # that a rank begins with: they stand together
-    part = -(-run // num_ctas // _LINE) * _LINE
+    ahead = plan_ahead(plan, num_ctas)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ptx.SCALAR))
     def ask(_: Any, weight: Any, cta: Any) -> None:
-        begin = arith.muli(cta.registers.item(), ptx.i32(part))
-        size = arith.minui(arith.subi(ptx.i32(run), begin), ptx.i32(part))
-        wanted = arith.andi(ptx.less(begin, ptx.i32(run)), arith.cmpi(arith.CmpIPredicate.eq, ptx.thread(), ptx.i32(0)))
+        begin = arith.muli(cta.registers.item(), ptx.i32(ahead.part_bytes))
+        size = arith.minui(arith.subi(ptx.i32(ahead.run_bytes), begin), ptx.i32(ahead.part_bytes))
+        wanted = arith.andi(
+            ptx.less(begin, ptx.i32(ahead.run_bytes)), arith.cmpi(arith.CmpIPredicate.eq, ptx.thread(), ptx.i32(0))
+        )
         for rank in range(plan.split):
-            first = arith.addi(begin, ptx.i32(rank * rank_bytes))
+            first = arith.addi(begin, ptx.i32(rank * ahead.rank_bytes))
             address = ptx.address(weight, first, ir.IntegerType.get_signless(8))
             mgpu.inline_ptx(
                 "cp.async.bulk.prefetch.L2.global [$0], $1;", address, size, predicate=wanted, has_side_effects=True

@@ -26,7 +26,7 @@ PLAIN = ["llama", "mistral", "qwen3"]
 
 
 def small(name, **changes):
-    return replace(FAMILIES[name], **SIZES, **changes)
+    return replace(FAMILIES[name], **(SIZES | changes))
 
 
 def hidden(model, params, num_tokens=8):
@@ -67,6 +67,13 @@ def test_a_fused_model_is_the_model(launches, name):
     np.testing.assert_array_equal(hidden(fused, params), hidden(plain, params))
     assert len(launches) == 2, "the last layer has no next one"
     assert {(spec.eps, spec.norm_offset, spec.activation) for spec in launches} == {(1e-6, 0.0, "silu")}
+
+
+def test_a_model_may_be_fused_with_more_tokens_only():
+    """With 8 tokens 80 of 344 CTAs would come last."""
+    large = small("llama", model_dim=4096, ffn_dim=22016, num_heads=32, num_kv_heads=8, head_dim=128)
+    model = build(large, dtype="bfloat16", padded_vocab=136, gpu=HOPPER)
+    assert [model.launches(n) for n in (8, 16, 24, 64, 72)] == [0, 0, 4, 4, 0]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 12, 40, 64])

@@ -14,13 +14,22 @@ from post_attention_operands import SPEC, check_errors, make_operands
 
 from pallas_kernels.post_attention import api
 from pallas_kernels.post_attention.plan import COLUMNS, Shape
-from pallas_kernels.post_attention.product_plan import MAX_ROWS, SLICE, ProductPlan, plan_product, plan_products
+from pallas_kernels.post_attention.product_plan import (
+    MAX_ROWS,
+    SLICE,
+    ProductPlan,
+    plan_ahead,
+    plan_product,
+    plan_products,
+)
 from pallas_kernels.post_attention.types import PostAttentionSpec
 
 QWEN3 = Shape(M=64, A=2048, E=1024, F=3072, Q=4096)  # Qwen3-0.6B
 QWEN3_1_7B = Shape(M=64, A=2048, E=2048, F=6144, Q=4096)
 QWEN3_4B = Shape(M=8, A=4096, E=2560, F=9728, Q=6144)
 LLAMA = Shape(M=8, A=4096, E=4096, F=14336, Q=6144)  # Llama-3.1-8B
+NARROW = Shape(M=64, A=1024, E=640, F=5120, Q=4096)
+ODD = Shape(M=56, A=2048, E=1152, F=6144, Q=3072)
 SMEM = 228 << 10  # of a multiprocessor
 CTA_SMEM = 227 << 10  # of one CTA
 
@@ -29,10 +38,11 @@ products = st.tuples(rows, st.integers(1, 160), st.integers(1, 300), st.integers
 
 
 def smem(plan: ProductPlan, num_rows: int) -> int:
-    """Bytes of a CTA's shared memory, and 1 KB that each has beside it."""
-    ring = plan.stages * SLICE * (plan.num_parts * COLUMNS + num_rows) * 2
+    """Bytes of a CTA's shared memory: buffers of whole KB, 8 for a barrier, and 1 KB that every CTA takes besides."""
+    activations, weights = (plan.stages * SLICE * n * 2 for n in (num_rows, plan.num_parts * COLUMNS))
     shares = plan.split * plan.num_parts * COLUMNS * plan.share_rows * 4 if plan.split > 1 else 0
-    return ring + shares + 4 * plan.share_rows * 4 + 1024
+    buffers = activations, weights, 4 * plan.share_rows * 4, shares
+    return sum(-(-size // 1024) * 1024 for size in buffers) + 8 * (2 * plan.stages + 1) + 1024
 
 
 # -- how the work is shared -------------------------------------------------------------------------------------------
@@ -58,6 +68,25 @@ def test_a_plan_covers_its_product_and_fits(product: tuple[int, int, int, int]) 
     assert num_rows // plan.share_rows <= plan.split, "each share of rows has a CTA that finishes it"
 
 
+@given(products, st.integers(1, 400))
+def test_what_is_asked_ahead_is_each_byte_once(product: tuple[int, int, int, int], num_ctas: int) -> None:
+    num_rows, slices, tiles, parts = product
+    plan = plan_product(num_rows, slices * SLICE, tiles * COLUMNS, parts, multiprocessors=132)
+    if isinstance(plan, str):
+        return
+    ahead = plan_ahead(plan, num_ctas)
+    assert ahead.rank_bytes * plan.split == slices * SLICE * tiles * COLUMNS * parts * 2
+    assert 0 < ahead.run_bytes <= ahead.rank_bytes
+    parts_of_a_run = [
+        (begin, min(ahead.part_bytes, ahead.run_bytes - begin))
+        for begin in (cta * ahead.part_bytes for cta in range(num_ctas))
+        if begin < ahead.run_bytes
+    ]
+    assert all(number % 16 == 0 for part in parts_of_a_run for number in part) and ahead.rank_bytes % 16 == 0
+    ends = [0, *(begin + size for begin, size in parts_of_a_run)]
+    assert [begin for begin, _ in parts_of_a_run] == ends[:-1] and ends[-1] == ahead.run_bytes
+
+
 def test_few_tiles_are_shared_by_clusters() -> None:
     def splits(shape: Shape) -> list[int]:
         return [plan.split for plan in plan_products(shape, 132)]
@@ -65,6 +94,10 @@ def test_few_tiles_are_shared_by_clusters() -> None:
     assert splits(LLAMA) == splits(replace(LLAMA, M=64)) == [2, 1, 2, 1]
     assert splits(QWEN3) == [4, 1, 4, 1]
     assert splits(QWEN3_4B) == [2, 1, 4, 1]
+    nemo = Shape(M=64, A=4096, E=5120, F=14336, Q=6144)
+    assert splits(nemo) == [1, 1, 1, 1], "160 CTAs wouldn't run at once"
+    assert splits(replace(nemo, M=8)) == [2, 1, 2, 1]
+    assert splits(NARROW) == [8, 1, 8, 1]
 
 
 @pytest.mark.parametrize(
@@ -93,13 +126,23 @@ def test_a_few_ctas_left_for_the_end_are_refused() -> None:
 # -- what comes out ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [QWEN3, LLAMA, replace(QWEN3_1_7B, M=24)])
+@pytest.mark.parametrize("shape", [QWEN3, LLAMA, replace(QWEN3_1_7B, M=24), NARROW, ODD])
 def test_the_kernels_are_traced_anywhere(shape: Shape) -> None:
     """Without a GPU as well, so that what JAX warns of is seen; that they compile is a gate's matter."""
     operands = jax.eval_shape(lambda: make_operands(shape))
     run = jax.jit(api.post_attention, static_argnums=(4, 5, 6))
     x, qkv, words = run.trace(*operands, None, SPEC, 132).out_info
     assert (x.shape, qkv.shape, words) == ((shape.M, shape.E), (shape.M, shape.Q), None)
+
+
+def test_words_are_given_where_a_layer_is_one_launch_and_only_there() -> None:
+    operands = jax.eval_shape(lambda: make_operands(QWEN3))
+    with pytest.raises(ValueError, match="words are given; a layer has 4 launches here"):
+        words = api.empty_words(replace(QWEN3, M=8), 132)
+        jax.eval_shape(lambda *args: api.post_attention(*args, words, SPEC, 132), *operands)
+    operands = jax.eval_shape(lambda: make_operands(replace(QWEN3, M=8)))
+    with pytest.raises(ValueError, match="words are missing; a layer has 1 launches here"):
+        jax.eval_shape(lambda *args: api.post_attention(*args, None, SPEC, 132), *operands)
 
 
 @pytest.mark.gpu
@@ -120,6 +163,8 @@ class TestOnHopper:
             *((replace(LLAMA, M=rows), SPEC) for rows in (8, 24, 64)),
             *((replace(QWEN3_4B, M=rows), SPEC) for rows in (8, 16)),
             (replace(QWEN3_1_7B, M=48), SPEC),
+            (NARROW, SPEC),
+            (ODD, SPEC),
             *((shape, PostAttentionSpec(1e-5, 1.0, "gelu_tanh")) for shape in (QWEN3, LLAMA)),
         ],
         ids=str,
