@@ -68,8 +68,12 @@ def run_trial(tasks: Sequence[Task], pool_free: Mapping[Any, Task], cache: Execu
     known = {task.name: None if cache is None else cache.load_temp(task) for task in tasks}
     unknown = [task for task in tasks if known[task.name] is None]
     with ThreadPoolExecutor(os.cpu_count()) as pool, _no_collections():
-        compiled = [pool.submit(_compile, task, task.lower(), None, None) for task in unknown]
-        lowered = {task.name: task.lower() for task in pool_free.values()} if unknown else {}
+        compiled, traced = [], {}
+        for task in unknown:
+            traced[task.name] = task.lower()
+            compiled.append(pool.submit(_compile, task, traced[task.name], None, None))
+        early = pool_free.values() if unknown else ()
+        lowered = {task.name: traced.get(task.name) or task.lower() for task in early}
         for task, executable in zip(unknown, compiled, strict=True):
             known[task.name] = size = temp_bytes(executable.result())
             if cache is not None:

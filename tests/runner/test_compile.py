@@ -91,9 +91,10 @@ def test_what_a_trial_has_traced_is_not_traced_again(monkeypatch):
     lower, traced = Task.lower, []
     monkeypatch.setattr(Task, "lower", lambda task: traced.append(task.name) or lower(task))
     early = pool_free_tasks(compiler)
-    trial = run_trial([compiler.forward(*compiler.config.token_buckets[-1])], early, None)
+    largest = compiler.forward(*compiler.config.token_buckets[-1]), compiler.sample(sample_keys(compiler.config)[-1])
+    trial = run_trial(largest, early, None)
     assert trial.temp > 0 and trial.lowered.keys() == {task.name for task in early.values()}
-    assert len(traced) == 1 + len(early)
+    assert sorted(traced) == sorted([largest[0].name, *trial.lowered]), "nothing of the trial is traced twice"
     executables = compile_all(compiler, None, progress=False, lowered=trial.lowered)
     later = traced[1 + len(early) :]
     assert not set(later) & trial.lowered.keys() and len(later) + len(early) == executables.num_executables
