@@ -1,4 +1,4 @@
-"""For Mosaic GPU kernels with Lane semantics."""
+"""For Mosaic GPU kernels, above all those with Lane semantics."""
 
 from __future__ import annotations
 

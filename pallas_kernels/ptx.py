@@ -55,15 +55,20 @@ def address(ref: Any, place: Any, dtype: Any = None) -> Any:
 
 
 def load(address: Any, num_words: int, order: str = ".relaxed.gpu") -> tuple[Any, ...]:
-    """1 or 4 words."""
+    """1, 2 or 4 words.
+
+    Args:
+        order: empty where nobody writes them in this launch.
+    """
     if num_words == 1:
         return (
             mgpu.inline_ptx(f"ld{order}.global.b32 $0, [$1];", address, result_types=word(), has_side_effects=True),
         )
+    places = ", ".join(f"${i}" for i in range(num_words))
     return mgpu.inline_ptx(
-        f"ld{order}.global.v4.b32 {{$0, $1, $2, $3}}, [$4];",
+        f"ld{order}.global.v{num_words}.b32 {{{places}}}, [${num_words}];",
         address,
-        result_types=[word()] * 4,
+        result_types=[word()] * num_words,
         has_side_effects=True,
     )
 

@@ -22,8 +22,7 @@ from pallas_kernels.post_attention.reference import ACTIVATIONS
 from pallas_kernels.post_attention.types import LayerWeights, NextWeights, PostAttentionSpec, Words
 
 # Of one launch: with more rows its CTAs hand each other too much, with more bytes of weights they read too unevenly.
-MAX_ROWS = 32
-MAX_BYTES = 64 * 2**20
+_MAX_ROWS_OF_ONE, _MAX_BYTES_OF_ONE = 32, 64 << 20
 CAPABILITY = "9.0"
 _MAX_PIECES = 48  # that a thread awaits at once, in 4 registers each
 
@@ -65,10 +64,10 @@ def num_launches(shape: Shape, num_ctas: int) -> int:
 
 def _refuses_one(shape: Shape, num_ctas: int) -> str | None:
     """Why the op isn't one launch."""
-    if shape.M > MAX_ROWS:
-        return f"{shape.M} rows, above {MAX_ROWS}"
-    if layer_bytes(shape) > MAX_BYTES:
-        return f"a layer has {layer_bytes(shape) >> 20} MiB, above {MAX_BYTES >> 20}"
+    if shape.M > _MAX_ROWS_OF_ONE:
+        return f"{shape.M} rows, above {_MAX_ROWS_OF_ONE}"
+    if layer_bytes(shape) > _MAX_BYTES_OF_ONE:
+        return f"a layer has {layer_bytes(shape) >> 20} MiB, above {_MAX_BYTES_OF_ONE >> 20}"
     pieces = max(p.num_parts * p.max_column_pieces for p in phases(shape, num_ctas))
     if pieces > _MAX_PIECES:
         return f"a column's sum would come in {pieces} pieces, above {_MAX_PIECES}"
@@ -136,9 +135,7 @@ def post_attention(
         raise UnsupportedPostAttentionError(f"post_attention can't run: {reason}")
     launches = num_launches(shape, num_ctas)
     if (words is None) != (launches == 4):
-        raise ValueError(
-            f"words {'are missing' if words is None else 'are given'}; a layer has {launches} launches here"
-        )
+        raise ValueError(f"words are {'missing' if words is None else 'given'}; launches of a layer here: {launches}")
     arrays = {"attended": attended, "x": x, "layer": layer, "following": following}
     # Imported here: a machine without a GPU may lack what the kernels' modules need.
     if launches == 4:

@@ -71,9 +71,7 @@ def sum_over_first(ref: Any, row: jax.Array, num_rows: int) -> jax.Array:
                 counts = ptx.less(term, ptx.i32(num_terms))
                 term = arith.minui(term, ptx.i32(num_terms - 1))
                 address = ptx.address(ref, arith.addi(arith.muli(term, ptx.i32(width)), place))
-                pair = mgpu.inline_ptx(
-                    "ld.global.v2.f32 {$0, $1}, [$2];", address, result_types=[f32] * 2, has_side_effects=True
-                )
+                pair = [arith.bitcast(f32, word) for word in ptx.load(address, 2, order="")]
                 totals = [
                     arith.select(counts, arith.addf(total, value), total)
                     for total, value in zip(totals, pair, strict=True)

@@ -51,10 +51,11 @@ def post_attention(
     if isinstance(plans, str):
         raise ValueError(plans)
     o, gate_up, down, qkv = plans
+    activate = functools.partial(_activate, ACTIVATIONS[spec.activation])
     stream = _add("o", attended, layer.o, x, layer.mlp_norm, spec, o, (layer.gate_up, gate_up))
-    inner = _of_normed("gate_up", stream, layer.gate_up, _activate, spec, gate_up, (layer.down, down))
+    inner = _of_normed("gate_up", stream, layer.gate_up, activate, spec, gate_up, (layer.down, down))
     stream = _add("down", inner, layer.down, stream.x, following.attn_norm, spec, down, (following.qkv, qkv))
-    return stream.x, _of_normed("qkv", stream, following.qkv, _scale, spec, qkv, None)
+    return stream.x, _of_normed("qkv", stream, following.qkv, _only, spec, qkv, None)
 
 
 def _add(
@@ -95,7 +96,7 @@ def _of_normed(
     name: str,
     stream: _Stream,
     weight: jax.Array,  # bfloat16[E, num_parts * N]
-    result: Callable[[Sequence[jax.Array], PostAttentionSpec], jax.Array],  # of the sums of the parts
+    result: Callable[[Sequence[jax.Array]], jax.Array],  # of the sums of the parts
     spec: PostAttentionSpec,
     plan: ProductPlan,
     next_product: Next,
@@ -109,7 +110,7 @@ def _of_normed(
         factor = lax.rsqrt(squares * (1 / E) + spec.eps)
 
         def finish(sums: Sequence[jax.Array]) -> None:
-            out = result([total * factor for total in sums], spec).astype(jnp.bfloat16)
+            out = result([total * factor for total in sums]).astype(jnp.bfloat16)
             gpu_columns.store_tile(out, out_ref, place.row, place.column)
 
         return finish
@@ -119,11 +120,11 @@ def _of_normed(
     return out
 
 
-def _activate(sums: Sequence[jax.Array], spec: PostAttentionSpec) -> jax.Array:
+def _activate(activation: Callable[[jax.Array], jax.Array], sums: Sequence[jax.Array]) -> jax.Array:
     gate, up = sums
-    return ACTIVATIONS[spec.activation](gate) * up
+    return activation(gate) * up
 
 
-def _scale(sums: Sequence[jax.Array], spec: PostAttentionSpec) -> jax.Array:
+def _only(sums: Sequence[jax.Array]) -> jax.Array:
     [total] = sums
     return total

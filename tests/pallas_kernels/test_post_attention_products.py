@@ -137,11 +137,11 @@ def test_the_kernels_are_traced_anywhere(shape: Shape) -> None:
 
 def test_words_are_given_where_a_layer_is_one_launch_and_only_there() -> None:
     operands = jax.eval_shape(lambda: make_operands(QWEN3))
-    with pytest.raises(ValueError, match="words are given; a layer has 4 launches here"):
+    with pytest.raises(ValueError, match="words are given; launches of a layer here: 4"):
         words = api.empty_words(replace(QWEN3, M=8), 132)
         jax.eval_shape(lambda *args: api.post_attention(*args, words, SPEC, 132), *operands)
     operands = jax.eval_shape(lambda: make_operands(replace(QWEN3, M=8)))
-    with pytest.raises(ValueError, match="words are missing; a layer has 1 launches here"):
+    with pytest.raises(ValueError, match="words are missing; launches of a layer here: 1"):
         jax.eval_shape(lambda *args: api.post_attention(*args, None, SPEC, 132), *operands)
 
 
