@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import random
 import shutil
 import time
@@ -45,6 +46,7 @@ from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_params
 from jaxserve.weights.quantize import abstract_params, bytes_on_a_device
 from jaxserve.weights.tokenizer import eos_token_ids, load_tokenizer
+from pallas_kernels.lowering_processes import LoweringProcesses
 from pallas_kernels.ragged_paged_attention.api import Selection
 
 logger = logging.getLogger("jaxserve")
@@ -54,6 +56,7 @@ _DEFAULTS = {  # by platform: max_num_seqs, max_num_batched_tokens, block_size
     "gpu": (256, 8192, 64),
     "tpu": (256, 8192, 128),
 }
+_MOST_LOWERING_PROCESSES = 8
 _STEPS_PER_DISPATCH = {"gpu": 4}  # by platform; elsewhere 1
 
 
@@ -86,11 +89,13 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     """
     if config.compilation_cache_dir is not None:
         make_directory(config.compilation_cache_dir)
-    with jax_cache_in(config.compilation_cache_dir):
-        return _build(config, progress)
+    # More would hardly be faster: what remains is traced by one thread at a time.
+    processes = LoweringProcesses(min(os.cpu_count() or 1, _MOST_LOWERING_PROCESSES))
+    with jax_cache_in(config.compilation_cache_dir), processes as lowering:
+        return _build(config, lowering, progress)
 
 
-def _build(config: EngineConfig, progress: bool | None) -> Engine:
+def _build(config: EngineConfig, lowering: LoweringProcesses, progress: bool | None) -> Engine:
     began = time.perf_counter()
     share = ask_for_memory(config)
     checkpoint = open_checkpoint(config.model, config.load_format)
@@ -109,7 +114,7 @@ def _build(config: EngineConfig, progress: bool | None) -> Engine:
     _check_room(config, attention, bytes_on_a_device(abstract))
     runner_config = _runner_config(config, checkpoint.config, platform)
     sketch = abstract_drafter(config, draft_checkpoint, (model, attention))
-    trying = _start_trial(config, Runner(model, abstract, attention, runner_config, sketch).compiler())
+    trying = _start_trial(config, Runner(model, abstract, attention, runner_config, sketch).compiler(), lowering)
     params = load_params(
         checkpoint,
         model,
@@ -130,7 +135,11 @@ def _build(config: EngineConfig, progress: bool | None) -> Engine:
     runner_config = dataclasses.replace(runner_config, num_blocks=memory.num_blocks)
     runner = Runner(model, params, attention, runner_config, drafter)
     executables = runner.start(
-        cache_dir=config.compilation_cache_dir, progress=progress, temp_limit=memory.most_temp, lowered=trial.lowered
+        cache_dir=config.compilation_cache_dir,
+        progress=progress,
+        temp_limit=memory.most_temp,
+        lowered=trial.lowered,
+        lowering=lowering,
     )
     sizes = {tokens: model.launches(tokens) == 1 for tokens, _ in runner_config.token_buckets}
     rule = adaptive_rule(config, platform, sizes, drafter)
@@ -263,7 +272,7 @@ def _check_room(config: EngineConfig, attention: PagedAttention, params: int) ->
     check_fits(roomiest, max_model_len=_known(config.max_model_len), block_size=_known(config.block_size))
 
 
-def _start_trial(config: EngineConfig, compiler: Compiler) -> Future[Trial]:
+def _start_trial(config: EngineConfig, compiler: Compiler, lowering: LoweringProcesses) -> Future[Trial]:
     """Compiles the largest executable of each kind with a small pool, while weights are loaded, and traces what has
     nothing to do with the pool; neither where temporaries don't matter."""
     stats = _memory_stats(compiler.attention.mesh)
@@ -271,7 +280,7 @@ def _start_trial(config: EngineConfig, compiler: Compiler) -> Future[Trial]:
     if stats.get("bytes_limit") is None or any(getattr(config, name) is not None for name in EXPLICIT):
         found = thread.submit(Trial)
     else:
-        found = thread.submit(_try, compiler, config.compilation_cache_dir)
+        found = thread.submit(_try, compiler, config.compilation_cache_dir, lowering)
     thread.shutdown(wait=False)
     return found
 
@@ -297,7 +306,7 @@ def _plan_memory(config: EngineConfig, runner: Runner, temp: int) -> MemoryPlan:
     )
 
 
-def _try(compiler: Compiler, cache_dir: str | None) -> Trial:
+def _try(compiler: Compiler, cache_dir: str | None, lowering: LoweringProcesses) -> Trial:
     cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
     largest = [
         compiler.forward(*compiler.config.token_buckets[-1]),
@@ -306,7 +315,7 @@ def _try(compiler: Compiler, cache_dir: str | None) -> Trial:
     ]
     if compiler.drafter is not None:
         largest.append(compiler.propose(compiler.drafter, propose_keys(compiler.config)[-1]))
-    return run_trial(largest, pool_free_tasks(compiler), cache)
+    return run_trial(largest, pool_free_tasks(compiler), cache, lowering)
 
 
 def _scheduler_config(

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ from jaxserve.runner.executables import (
 )
 from jaxserve.runner.jax_cache import ApartFromJaxCache
 from jaxserve.sampling.tier import Tier
+from pallas_kernels.lower_once import lowered_by
+from pallas_kernels.lowering_processes import LoweringProcesses
 
 logger = logging.getLogger("jaxserve")
 
@@ -47,6 +49,18 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _threads(num: int | None) -> Iterator[ThreadPoolExecutor]:
+    """That many; after an error what hasn't begun never does."""
+    pool = ThreadPoolExecutor(num)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
 @dataclass(frozen=True)
 class Trial:
     """What is known before a pool has its size.
@@ -60,24 +74,29 @@ class Trial:
     lowered: Mapping[str, jax.stages.Lowered] = field(default_factory=dict)
 
 
-def run_trial(tasks: Sequence[Task], pool_free: Mapping[Any, Task], cache: ExecutableCache | None) -> Trial:
+def run_trial(
+    tasks: Sequence[Task],
+    pool_free: Mapping[Any, Task],
+    cache: ExecutableCache | None,
+    lowering: LoweringProcesses,
+) -> Trial:
     """Compiles the tasks only to see what memory they need, and traces those of ``pool_free`` while that goes on.
 
     Nothing is traced where ``cache`` knows what the tasks need: it has the executables then.
     """
     known = {task.name: None if cache is None else cache.load_temp(task) for task in tasks}
-    unknown = [task for task in tasks if known[task.name] is None]
-    with ThreadPoolExecutor(os.cpu_count()) as pool, _no_collections():
-        compiled, traced = [], {}
-        for task in unknown:
-            traced[task.name] = task.lower()
-            compiled.append(pool.submit(_compile, task, traced[task.name], None, None))
-        early = pool_free.values() if unknown else ()
-        lowered = {task.name: traced.get(task.name) or task.lower() for task in early}
-        for task, executable in zip(unknown, compiled, strict=True):
-            known[task.name] = size = temp_bytes(executable.result())
+    unknown = {task.name: task for task in tasks if known[task.name] is None}
+    early = {task.name: task for task in pool_free.values()} if unknown else {}
+    with _no_collections(), _threads(os.cpu_count()) as compilers, _threads(lowering.num_callers) as tracers:
+        traced = {name: tracers.submit(_trace, task, lowering) for name, task in (unknown | early).items()}
+        compiled = {
+            name: compilers.submit(_compile, task, traced[name].result(), None, None) for name, task in unknown.items()
+        }
+        lowered = {name: traced[name].result() for name in early}
+        for name, executable in compiled.items():
+            known[name] = size = temp_bytes(executable.result())
             if cache is not None:
-                cache.store_temp(task, size)
+                cache.store_temp(unknown[name], size)
     return Trial(max(size for size in known.values() if size is not None), lowered)
 
 
@@ -90,45 +109,44 @@ def pool_free_tasks(compiler: Compiler) -> dict[Any, Task]:
 def compile_all(
     compiler: Compiler,
     cache: ExecutableCache | None,
+    lowering: LoweringProcesses,
     *,
     progress: bool | None,
     lowered: Mapping[str, jax.stages.Lowered] | None = None,
 ) -> Executables:
-    """Traces on this thread; loads and compiles on as many threads as there are cores.
+    """Loads and compiles on as many threads as there are cores, and traces on as many as ``lowering`` serves.
 
     ``progress`` shows a bar; None: on a terminal. ``lowered``: by name, tasks that are traced already.
     """
     lowered = lowered or {}
     tasks, proposals = _tasks(compiler)
-    done: dict[Any, Any] = {}
-    seconds = {"load executables": 0.0, "trace": 0.0, "compile": 0.0}
     clock = time.perf_counter
     hidden = None if progress is None else not progress
     with (
         ApartFromJaxCache() if cache is not None else contextlib.nullcontext() as apart,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
         _no_collections(),
         tqdm(total=len(tasks), desc="Compiling", unit="exe", disable=hidden) as bar,
+        _threads(os.cpu_count()) as compilers,
+        _threads(lowering.num_callers) as tracers,
     ):
         began = clock()
-        if cache is not None:
-            found = pool.map(lambda item: (item[0], cache.load(item[1])), tasks.items())
-            done = {name: compiled for name, compiled in found if compiled is not None}
-            bar.update(len(done))
+        found = {} if cache is None else dict(zip(tasks, compilers.map(cache.load, tasks.values()), strict=True))
+        done = {name: compiled for name, compiled in found.items() if compiled is not None}
         num_from_cache = len(done)
+        bar.update(num_from_cache)
         loaded = clock()
-        futures: dict[Future[Any], Any] = {}
-        for name, task in tasks.items():
-            if name not in done:
-                before = clock()
-                traced = lowered.get(task.name) or task.lower()
-                seconds["trace"] += clock() - before
-                futures[pool.submit(_compile, task, traced, cache, apart)] = name
-        for future in as_completed(futures):
-            done[futures[future]] = future.result()
-            bar.update()
-    seconds["load executables"] = loaded - began
-    seconds["compile"] = clock() - loaded - seconds["trace"]
+
+        def begin(task: Task) -> Future[Any]:
+            traced = lowered.get(task.name) or _trace(task, lowering)
+            future = compilers.submit(_compile, task, traced, cache, apart)
+            future.add_done_callback(lambda _: bar.update())
+            return future
+
+        begun = {name: tracers.submit(begin, task) for name, task in tasks.items() if name not in done}
+        compiling = {name: future.result() for name, future in begun.items()}
+        traced = clock()
+        done |= {name: future.result() for name, future in compiling.items()}
+    seconds = {"load executables": loaded - began, "trace": traced - loaded, "compile": clock() - traced}
     config = compiler.config
     return Executables(
         stage=done["stage"],
@@ -163,6 +181,11 @@ def _tasks(compiler: Compiler) -> tuple[dict[Any, Task], tuple[SampleKey, ...]]:
         tasks |= {("propose", key): compiler.propose(compiler.drafter, key) for key in reversed(proposals)}
     tasks |= {("forward", key): compiler.forward(*key) for key in buckets if key not in mixed}
     return tasks | pool_free_tasks(compiler), proposals
+
+
+def _trace(task: Task, lowering: LoweringProcesses) -> jax.stages.Lowered:
+    with lowered_by(lowering.lowerer):
+        return task.lower()
 
 
 def _compile(task: Task, lowered: Any, cache: ExecutableCache | None, apart: ApartFromJaxCache | None) -> Any:

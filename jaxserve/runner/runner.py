@@ -30,6 +30,7 @@ from jaxserve.runner.state import init_scratch, init_slots
 from jaxserve.sampling.host import host_row, row_spec
 from jaxserve.sampling.tier import Tier, tier_for
 from jaxserve.scheduler.plan import Logprobs, StepPlan, StepResult
+from pallas_kernels.lowering_processes import LoweringProcesses
 
 # XLA:GPU records a graph no earlier than the second run of an executable; elsewhere one run loads everything.
 _WARMUP_RUNS = {"gpu": 3}
@@ -97,15 +98,17 @@ class Runner:
         progress: bool | None = False,
         temp_limit: int | None = None,
         lowered: Mapping[str, jax.stages.Lowered] | None = None,
+        lowering: LoweringProcesses | None = None,
     ) -> Executables:
         """Allocates the state, compiles the closed set or reads it from ``cache_dir``, and runs all of it.
 
         ``progress`` shows a bar; None: on a terminal. Bursts that need more than ``temp_limit`` bytes of temporaries
-        are left out. ``lowered``: what a trial has traced (``compile.Trial``).
+        are left out. ``lowered``: what a trial has traced (``compile.Trial``). ``lowering``: who lowers kernels; None:
+        this process.
         """
         compiler = self.compiler()
         cache = None if cache_dir is None else ExecutableCache.of(cache_dir, compiler)
-        executables = compile_all(compiler, cache, progress=progress, lowered=lowered)
+        executables = compile_all(compiler, cache, lowering or LoweringProcesses(0), progress=progress, lowered=lowered)
         executables = without_large_bursts(executables, temp_limit)
         before = time.perf_counter()
         kv, self._slots, self._scratch, draft_kv = (

@@ -67,11 +67,11 @@ def test_it_is_lowered_once_for_all_executables(by_itself):
     x, pool = start()
     texts = [jax.jit(lambda x, pool, n=n: (step(x, pool)[0] * n, pool)).lower(x, pool).as_text() for n in (2, 3)]
     assert all(text.count("call_exported_attend") == (3 if by_itself else 0) for text in texts), "a function, two calls"
-    before = lower_once._lowered.cache_info()
+    before = lower_once.lower_here.cache_info()
     jax.jit(lambda x, pool: step(x, pool)[0] + 1)(x, pool)
     step(jnp.arange(5.0), Pool(jnp.ones((3, 5)), None))
     jax.jit(lambda x, pool: step(x, pool, scale=3.0)[0])(x, pool)
-    after = lower_once._lowered.cache_info()
+    after = lower_once.lower_here.cache_info()
     assert after.misses - before.misses == (2 if by_itself else 0), "another size, another setting"
 
 

@@ -18,6 +18,7 @@ from jaxserve.runner.compile import _compile, run_trial
 from jaxserve.runner.executable_cache import ExecutableCache
 from jaxserve.runner.executables import sample_keys
 from jaxserve.runner.jax_cache import ApartFromJaxCache
+from pallas_kernels.lowering_processes import LoweringProcesses
 from pallas_kernels.post_attention.plan import Shape
 from pallas_kernels.post_attention.types import PostAttentionSpec
 
@@ -76,7 +77,7 @@ def test_a_second_start_compiles_nothing_and_answers_the_same(tmp_path):
     answer = json.loads(run.stdout.splitlines()[-1])
     cold, warm, mended = answer["told"]
     assert (cold["read"], warm["read"]) == (0, cold["all"])
-    assert warm["trace"] == 0 < cold["trace"]
+    assert warm["trace"] < 0.05 < cold["trace"]
     assert (cold["ids"], cold["logprob"]) == (warm["ids"], warm["logprob"]) == (mended["ids"], mended["logprob"])
     assert cold["ids"][0] == cold["ids"][1]
     # A damaged file is said, and made anew.
@@ -157,10 +158,10 @@ def test_the_sources_are_part_of_the_key(tmp_path, compiler, monkeypatch):
 def test_temporary_memory_is_measured_once(tmp_path, compiler, monkeypatch):
     task = compiler.sample(sample_keys(compiler.config)[0])
     cache = ExecutableCache.of(str(tmp_path), compiler)
-    size = run_trial([task, compiler.stage()], {}, cache).temp
+    size = run_trial([task, compiler.stage()], {}, cache, LoweringProcesses(0)).temp
     assert size == task.lower().compile().memory_analysis().temp_size_in_bytes
     monkeypatch.setattr(type(task), "lower", lambda self: pytest.fail("compiled again"))
-    assert run_trial([task, compiler.stage()], {}, cache).temp == size
+    assert run_trial([task, compiler.stage()], {}, cache, LoweringProcesses(0)).temp == size
 
 
 def test_a_directory_that_cannot_be_written_costs_a_warning_not_the_engine(tmp_path, compiler, caplog):
