@@ -62,6 +62,11 @@ def burst_width(num_tokens: int, num_rows: int, max_drafts: int) -> int | None:
     return 1 if num_tokens == num_rows and not max_drafts else None
 
 
+def forward_width(num_tokens: int, num_rows: int, max_drafts: int) -> int | None:
+    """How many tokens a row has at most that is no prompt's; None where prompts' rows aren't run apart from others."""
+    return 1 if num_tokens > num_rows and not max_drafts else None
+
+
 def burst_len(num_rows: int, longest: int) -> int:
     """Steps of a burst of so many rows, where ``longest`` are allowed."""
     return longest if num_rows <= _LONG_BURST_ROWS else min(longest, 2)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxserve.models.registry import Model
 from jaxserve.runner.attend import PagedAttention
-from jaxserve.runner.buckets import burst_width
+from jaxserve.runner.buckets import burst_width, forward_width
 from jaxserve.runner.config import RunnerConfig
 from jaxserve.runner.draft import propose as draft_tokens
 from jaxserve.runner.layout import lay_out
@@ -105,7 +105,16 @@ def forward(
     num_rows: int,
 ) -> tuple[tuple[tuple[KVPool, ...], ...], Scratch]:
     """Computes the staged rows' tokens in a bucket of T = num_tokens, R = num_rows, see ``compute``."""
-    kv, hidden = compute(params, kv, slots, models=models, config=config, num_tokens=num_tokens, num_rows=num_rows)
+    kv, hidden = compute(
+        params,
+        kv,
+        slots,
+        models=models,
+        config=config,
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        max_width=forward_width(num_tokens, num_rows, config.max_drafts),
+    )
     return kv, _overwrite(scratch, hidden)
 
 
@@ -122,8 +131,8 @@ def compute(
 ) -> tuple[tuple[tuple[KVPool, ...], ...], Scratch]:
     """The models' passes over the staged rows' tokens, and what they leave: ``sampled`` [R, K+1, E], ``tokens`` [T, E].
 
-    ``max_width`` bounds a row's tokens, where known. The first model is the one that speaks. A draft model may follow:
-    only its KV is wanted.
+    ``max_width`` bounds a row's tokens, where known (``RaggedBatch``). The first model is the one that speaks. A draft
+    model may follow: only its KV is wanted.
     """
     T, R, S, K = num_tokens, num_rows, config.max_num_seqs, config.max_drafts
     widths = slots.plan.widths[:R]

@@ -57,7 +57,8 @@ class RaggedBatch:
     cu_q_lens: jax.Array  # int32[R+1]
     token_block: jax.Array  # int32[T], pool block that token t's KV goes to; N or more = nowhere
     token_offset: jax.Array  # int32[T], its row in that block
-    # Static: no row should have more query tokens; None if that isn't known. It changes speed, never results.
+    # Static: no row should have more query tokens, unless it is a prompt's in a step of more tokens than rows; None if
+    # that isn't known. It changes speed, never results.
     max_width: int | None = field(default=None, metadata={"static": True})
 
 

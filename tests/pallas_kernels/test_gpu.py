@@ -156,6 +156,17 @@ class TestPallasGpu(AttentionContract):
         case = make_case(spec, rows, layout=self.kv_layout(spec), num_tokens=8)
         check(self.attend, dataclasses.replace(case, batch=dataclasses.replace(case.batch, max_width=1)))
 
+    @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
+    @pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(8, 128), (2, 64)])
+    def test_rows_of_one_token_beside_prompts(self, num_kv_heads: int, head_dim: int, kv_dtype: str) -> None:
+        """Every row of more tokens is the prefill kernel's, of however few."""
+        heads = {"num_heads": 4 * num_kv_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        spec = self.spec(**heads, kv_dtype=kv_dtype, scale=head_dim**-0.5)
+        rows = [(1, 1), (65, 1), (0, 0), (2050, 1), (2, 2), (700, 5), (90, 9), (300, 300), (64, 1), (1500, 130)]
+        for num_tokens in (None, 512):
+            case = make_case(spec, rows, layout=self.kv_layout(spec), num_tokens=num_tokens)
+            check(self.attend, dataclasses.replace(case, batch=dataclasses.replace(case.batch, max_width=1)))
+
     @pytest.mark.parametrize("window", [1, 100, 700])
     @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
     def test_windows_over_split_contexts(self, kv_dtype: str, window: int) -> None:

@@ -8,6 +8,7 @@ from jaxserve.runner.buckets import (
     burst_buckets,
     burst_len,
     burst_width,
+    forward_width,
     pick_forward,
     pick_rows,
     row_buckets,
@@ -90,6 +91,8 @@ def test_bursts_with_drafts_have_few_rows_and_room_for_the_drafts():
 
 def test_only_bursts_without_drafts_have_one_token_a_row():
     assert [burst_width(8, 8, 0), burst_width(8, 8, 4), burst_width(64, 8, 4)] == [1, None, None]
+    # A step of as many tokens as rows may have a prompt, for whose row there is no other kernel.
+    assert [forward_width(64, 8, 0), forward_width(64, 8, 4), forward_width(8, 8, 0)] == [1, None, None]
 
 
 def test_large_bursts_are_short():
