@@ -63,7 +63,7 @@ def burst_width(num_tokens: int, num_rows: int, max_drafts: int) -> int | None:
 
 
 def forward_width(num_tokens: int, num_rows: int, max_drafts: int) -> int | None:
-    """How many tokens a row has at most that is no prompt's; None where prompts' rows aren't run apart from others."""
+    """How many tokens a row has at most that is no prompt's, where prompts' rows run apart; None: maybe any number."""
     return 1 if num_tokens > num_rows and not max_drafts else None
 
 

@@ -22,7 +22,6 @@ HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (64, 128)
 KV_DTYPES = ("bfloat16", "float8_e4m3fn")
 MAX_GROUP = 16
-MAX_SHORT = 8  # tokens of a row that the decode kernel has at most, where a bucket runs both
 
 
 def supports(spec: AttentionSpec) -> str | None:
@@ -75,7 +74,6 @@ def attend_tuned(
     T, Hq, D = q.shape
     Hk, R = spec.num_kv_heads, batch.context_lens.shape[0]
     with_prefill = T > R
-    short = min(MAX_SHORT, batch.max_width or MAX_SHORT)
     tile_tokens = decode_tile_tokens(spec, batch.max_width)
     work = gpu_plan.decode_plan(
         batch,
@@ -87,14 +85,13 @@ def attend_tuned(
         block_size=spec.block_size,
         window=spec.sliding_window,
         min_tile_units=decode_config.min_tile_units,
-        short=short if with_prefill else None,
+        short_only=with_prefill,
     )
     table = batch.block_table
     out = gpu_decode.decode(q, pool.values, pool.scales, table, work, spec, decode_config, sinks, tile_tokens)
     if not with_prefill:
         return out
-    prefill_tokens = gpu_prefill.tile_tokens(spec)
-    tiles = gpu_plan.prefill_plan(batch, T, tile_tokens=prefill_tokens, window=spec.sliding_window, short=short)
+    tiles = gpu_plan.prefill_plan(batch, T, tile_tokens=gpu_prefill.tile_tokens(spec), window=spec.sliding_window)
     out_ref = jax.new_ref(out)
     gpu_prefill.prefill(q, pool.values, pool.scales, table, out_ref, tiles, spec, prefill_config, sinks)
     return jax.freeze(out_ref)

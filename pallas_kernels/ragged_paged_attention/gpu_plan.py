@@ -18,6 +18,7 @@ from jax import lax
 from pallas_kernels.ragged_paged_attention.types import RaggedBatch
 
 UNIT = 64  # key positions of one pipeline stage
+MAX_SHORT = 8  # rows with at most this many query tokens go to the decode kernel when a bucket runs both kernels
 
 # Columns of a tile's description.
 ROW, FIRST_TOKEN, NUM_TOKENS, FIRST_POS, FIRST_UNIT, NUM_UNITS, KV_LEN = range(7)
@@ -45,17 +46,17 @@ class PrefillPlan(NamedTuple):
     num_tiles: jax.Array  # int32[1]
 
 
-def max_decode_tiles(num_tokens: int, num_rows: int, tile_tokens: int, *, short: int | None) -> int:
-    """Most tiles that any batch of T tokens in R rows can need: of rows of up to ``short`` tokens; None: of all."""
+def max_decode_tiles(num_tokens: int, num_rows: int, tile_tokens: int, *, short_only: bool) -> int:
+    """Most tiles that any batch of T tokens in R rows can need."""
     rows = min(num_rows, num_tokens)
-    if short is not None:
-        return rows * -(-short // tile_tokens)
+    if short_only:
+        return rows * -(-MAX_SHORT // tile_tokens)
     return rows + (num_tokens - rows) // tile_tokens
 
 
-def max_prefill_tiles(num_tokens: int, num_rows: int, tile_tokens: int, short: int) -> int:
-    """Most tiles of rows that have more than ``short`` tokens."""
-    rows = min(num_rows, num_tokens // (short + 1))
+def max_prefill_tiles(num_tokens: int, num_rows: int, tile_tokens: int) -> int:
+    """Most tiles of rows that are longer than MAX_SHORT."""
+    rows = min(num_rows, num_tokens // (MAX_SHORT + 1))
     return max(1, rows + (num_tokens - rows) // tile_tokens)
 
 
@@ -70,16 +71,16 @@ def decode_plan(
     block_size: int,
     window: int | None,
     min_tile_units: int,
-    short: int | None,
+    short_only: bool,
 ) -> DecodePlan:
-    """Plan of the decode kernel, which leaves rows of more than ``short`` tokens to the prefill kernel; None: has all.
+    """Plan of the decode kernel; ``short_only`` leaves rows above MAX_SHORT tokens to the prefill kernel.
 
     A worker takes as long for a tile (of one head) of fewer than ``min_tile_units`` units as for one that has so many.
     """
-    num_tiles = max_decode_tiles(num_tokens, batch.context_lens.shape[0], tile_tokens, short=short)
+    num_tiles = max_decode_tiles(num_tokens, batch.context_lens.shape[0], tile_tokens, short_only=short_only)
     widths = jnp.diff(batch.cu_q_lens)
-    if short is not None:
-        widths = jnp.where(widths <= short, widths, 0)
+    if short_only:
+        widths = jnp.where(widths <= MAX_SHORT, widths, 0)
     tiles = _tiles(batch, widths, num_tiles, tile_tokens, window)
 
     # The line of all tiles and heads, as long as they take: a tile of few units begins with time for none.
@@ -132,13 +133,11 @@ def unit_place(
     return block * per_block + lax.rem(unit, jnp.int32(per_block))
 
 
-def prefill_plan(
-    batch: RaggedBatch, num_tokens: int, *, tile_tokens: int, window: int | None, short: int
-) -> PrefillPlan:
-    """Plan of the prefill kernel: rows of more than ``short`` tokens, the costliest tiles first."""
-    num_tiles = max_prefill_tiles(num_tokens, batch.context_lens.shape[0], tile_tokens, short)
+def prefill_plan(batch: RaggedBatch, num_tokens: int, *, tile_tokens: int, window: int | None) -> PrefillPlan:
+    """Plan of the prefill kernel: rows above MAX_SHORT tokens, the costliest tiles first."""
+    num_tiles = max_prefill_tiles(num_tokens, batch.context_lens.shape[0], tile_tokens)
     widths = jnp.diff(batch.cu_q_lens)
-    widths = jnp.where(widths > short, widths, 0)
+    widths = jnp.where(widths > MAX_SHORT, widths, 0)
     tiles = _tiles(batch, widths, num_tiles, tile_tokens, window)
     cost = tiles[:, NUM_UNITS]
     index = jnp.arange(num_tiles)

@@ -159,7 +159,7 @@ class TestPallasGpu(AttentionContract):
     @pytest.mark.parametrize("kv_dtype", gpu.KV_DTYPES)
     @pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(8, 128), (2, 64)])
     def test_rows_of_one_token_beside_prompts(self, num_kv_heads: int, head_dim: int, kv_dtype: str) -> None:
-        """Every row of more tokens is the prefill kernel's, of however few."""
+        """Rows of two to eight tokens are several tiles of the decode kernel, as many as it has tokens."""
         heads = {"num_heads": 4 * num_kv_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         spec = self.spec(**heads, kv_dtype=kv_dtype, scale=head_dim**-0.5)
         rows = [(1, 1), (65, 1), (0, 0), (2050, 1), (2, 2), (700, 5), (90, 9), (300, 300), (64, 1), (1500, 130)]

@@ -20,9 +20,9 @@ NUM_BLOCKS = 50
 BLOCK_SIZE = 2 * plan.UNIT
 TABLE = np.random.default_rng(0).permutation(5 * 13).reshape(5, 13).astype(np.int32) % NUM_BLOCKS
 _SIZES = ("num_tokens", "tile_tokens", "num_kv_heads", "num_workers", "num_blocks", "block_size")
-_STATIC = (*_SIZES, "window", "min_tile_units", "short")
+_STATIC = (*_SIZES, "window", "min_tile_units", "short_only")
 decode_plan = jax.jit(plan.decode_plan, static_argnames=_STATIC)
-prefill_plan = jax.jit(plan.prefill_plan, static_argnames=("num_tokens", "tile_tokens", "window", "short"))
+prefill_plan = jax.jit(plan.prefill_plan, static_argnames=("num_tokens", "tile_tokens", "window"))
 Rows = list[tuple[int, int]]  # (context length, width)
 
 
@@ -93,16 +93,23 @@ def widths_of_tokens(rows: Rows, num_tokens: int) -> np.ndarray:
     tile_tokens=st.sampled_from([1, 2, 5]),
     min_tile_units=st.sampled_from([1, 3, 9]),
 )
-@pytest.mark.parametrize("short", [None, 1, 8])
+@pytest.mark.parametrize("short_only", [False, True])
 def test_decode_workers_share_every_unit_once(
-    short: int | None, case: tuple[Rows, int], window: int | None, tile_tokens: int, min_tile_units: int
+    short_only: bool, case: tuple[Rows, int], window: int | None, tile_tokens: int, min_tile_units: int
 ) -> None:
     rows, num_tokens = case
-    work = plan_of(rows, num_tokens, tile_tokens=tile_tokens, window=window, min_tile_units=min_tile_units, short=short)
+    work = plan_of(
+        rows,
+        num_tokens,
+        tile_tokens=tile_tokens,
+        window=window,
+        min_tile_units=min_tile_units,
+        short_only=short_only,
+    )
     tiles, workers = (np.asarray(x) for x in work)
     seen = check_tiles(tiles, rows, num_tokens, window, tile_tokens)
     widths = widths_of_tokens(rows, num_tokens)
-    np.testing.assert_array_equal(seen, (widths > 0) & (widths <= (short or num_tokens)))
+    np.testing.assert_array_equal(seen, (widths > 0) & ((widths <= plan.MAX_SHORT) | (not short_only)))
 
     # A tile and head: first what only takes time, then its units.
     line = []
@@ -135,20 +142,15 @@ def test_decode_workers_share_every_unit_once(
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    case=rows_and_tokens(),
-    window=st.sampled_from([None, 100]),
-    tile_tokens=st.sampled_from([8, 128]),
-    short=st.sampled_from([1, 8]),
-)
+@given(case=rows_and_tokens(), window=st.sampled_from([None, 100]), tile_tokens=st.sampled_from([8, 128]))
 def test_prefill_tiles_hold_the_long_rows_by_falling_cost(
-    case: tuple[Rows, int], window: int | None, tile_tokens: int, short: int
+    case: tuple[Rows, int], window: int | None, tile_tokens: int
 ) -> None:
     rows, num_tokens = case
-    work = prefill_plan(batch_of(rows), num_tokens, tile_tokens=tile_tokens, window=window, short=short)
+    work = prefill_plan(batch_of(rows), num_tokens, tile_tokens=tile_tokens, window=window)
     tiles = np.asarray(work.tiles)
     seen = check_tiles(tiles, rows, num_tokens, window, tile_tokens)
-    np.testing.assert_array_equal(seen, widths_of_tokens(rows, num_tokens) > short)
+    np.testing.assert_array_equal(seen, widths_of_tokens(rows, num_tokens) > plan.MAX_SHORT)
     cost = tiles[:, plan.NUM_UNITS]
     assert (np.diff(cost) <= 0).all()
     assert work.num_tiles[0] == (cost > 0).sum()
@@ -166,21 +168,16 @@ def test_bounds_on_tiles_hold_for_the_worst_rows(num_tokens: int, num_rows: int)
             left -= width
         rows += [(0, 0)] * (num_rows - len(rows))
         needed = sum(-(-width // tile_tokens) for _, width in rows)
-        assert plan.max_decode_tiles(num_tokens, num_rows, tile_tokens, short=None) >= needed
-        for short in (1, 8):
-            sides = [[width for _, width in rows if (width > short) == is_long] for is_long in (False, True)]
-            most = (
-                plan.max_decode_tiles(num_tokens, num_rows, tile_tokens, short=short),
-                plan.max_prefill_tiles(num_tokens, num_rows, tile_tokens, short),
-            )
-            for bound, widths in zip(most, sides, strict=True):
-                assert bound >= sum(-(-width // tile_tokens) for width in widths)
+        assert plan.max_decode_tiles(num_tokens, num_rows, tile_tokens, short_only=False) >= needed
+        long = [width for _, width in rows if width > plan.MAX_SHORT]
+        needed = sum(-(-width // tile_tokens) for width in long)
+        assert plan.max_prefill_tiles(num_tokens, num_rows, tile_tokens) >= needed
 
 
 def test_padding_tokens_are_zeroed_by_one_worker_each() -> None:
     rows: Rows = [(5, 1), (0, 0), (90, 3), (0, 0), (0, 0)]
     for num_tokens in (4, 5, 40):
-        work = plan_of(rows, num_tokens, tile_tokens=5, window=None, min_tile_units=2, short=None)
+        work = plan_of(rows, num_tokens, tile_tokens=5, window=None, min_tile_units=2, short_only=False)
         first = np.asarray(work.workers)[:, plan.FIRST_PADDING]
         zeroed = sorted(token for start in first for token in range(start, num_tokens, NUM_WORKERS))
         assert zeroed == list(range(4, num_tokens))
