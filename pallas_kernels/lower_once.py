@@ -47,7 +47,7 @@ class LoweredOp:
 
 @dataclass(frozen=True)
 class Op:
-    """All that the text of an op depends on. Two that are equal have the same; it can be pickled.
+    """All that the kernels of an op depend on. Two that are equal may have one text; it can be pickled.
 
     Attributes:
         run: a function of a module, pure but for kernels.

@@ -1,8 +1,12 @@
 """Ops are lowered by several processes at a time: lowering is Python, of which a process runs one thread at a time.
 
-A process reads pickled ops from stdin and writes to stdout what they are lowered to, until stdin ends. It runs nothing
-on a device, and sees none. It is no fork of the caller, whose threads and device wouldn't survive that, and it doesn't
-import the caller's main module, as those of ``multiprocessing`` do: many a script that makes an engine isn't prepared.
+A process reads pickled ops from stdin and writes what they are lowered to into a pipe, until stdin ends. It runs
+nothing on a device, and sees none. It is no fork of the caller, whose threads and device wouldn't survive that, and it
+doesn't import the caller's main module, as those of ``multiprocessing`` do: many a script that makes an engine isn't
+prepared for that.
+
+JAX 0.11 numbers the kernels that a process lowers, and the numbers are in their text. So an op's text isn't the same
+from run to run, and JAX's persistent cache doesn't know it again; the kernels are the same.
 """
 
 from __future__ import annotations
@@ -13,14 +17,15 @@ import logging
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import jax
 
@@ -39,8 +44,8 @@ class LoweringProcesses:
     def __init__(self, num: int) -> None:
         self._num = num
         self._lock = threading.Lock()
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._processes: list[_Process] = []
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._functions: dict[Op, Future[Callable[..., Any]]] = {}
         self._closed = False
 
@@ -63,9 +68,22 @@ class LoweringProcesses:
         return future.result()
 
     def _lower(self, op: Op) -> LoweredOp:
-        if self._closed:
-            raise RuntimeError("the processes that lower kernels were ended")
+        self._start_all()
+        if not self._processes:
+            return op.lower()
+        process = self._idle.get()
+        try:
+            return process.lower(op)
+        except EndedError as error:
+            self._raise_if_closed()
+            logger.warning("%s: %s is lowered here", error, op.run.__name__)
+            return op.lower()
+        finally:
+            self._idle.put(process)
+
+    def _start_all(self) -> None:
         with self._lock:
+            self._raise_if_closed()
             while len(self._processes) < self._num:
                 try:
                     process = _start()
@@ -75,18 +93,10 @@ class LoweringProcesses:
                 else:
                     self._processes.append(process)
                     self._idle.put(process)
-        if not self._processes:
-            return op.lower()
-        process = self._idle.get()
-        try:
-            return _ask(process, op)
-        except (EOFError, OSError) as error:
-            if self._closed:
-                raise RuntimeError("the processes that lower kernels were ended") from error
-            logger.warning("a process that lowers kernels has ended (%s): %s is lowered here", error, op.run.__name__)
-            return op.lower()
-        finally:
-            self._idle.put(process)
+
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("the processes that lower kernels were ended")
 
     def __enter__(self) -> Self:
         return self
@@ -94,44 +104,91 @@ class LoweringProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed = True
+        with self._lock:
+            self._closed = True
         for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                # What it hadn't read is lost, and that is all there is to say.
-                with contextlib.suppress(BrokenPipeError):
-                    if pipe is not None:
-                        pipe.close()
+            process.end()
 
 
-def _start() -> subprocess.Popen[bytes]:
-    """Another interpreter that imports what this one would."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
-    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+class EndedError(Exception):
+    """A process has ended; the message says why."""
 
 
-def _ask(process: subprocess.Popen[bytes], op: Op) -> LoweredOp:
-    if process.stdin is None or process.stdout is None:
-        raise RuntimeError("a process that lowers kernels was started without pipes")
-    pickle.dump(op, process.stdin)
-    process.stdin.flush()
-    lowered: LoweredOp = pickle.load(process.stdout)
-    return lowered
+@dataclass(frozen=True)
+class _Process:
+    popen: subprocess.Popen[bytes]
+    requests: IO[bytes]
+    replies: IO[bytes]
 
+    def lower(self, op: Op) -> LoweredOp:
+        """Waits for it. Only one thread may.
 
-def serve() -> None:
-    """Lowers what comes until stdin ends."""
-    jax.config.update("jax_platforms", "cpu")  # the device is the caller's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who closes stdin
-    gc.disable()  # what is traced is kept until the end of a short life
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints, prints there
-    while True:
+        Raises:
+            EndedError: the process has ended, or what it says can't be read.
+        """
+        request = pickle.dumps(op)
         try:
-            op = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump(op.lower(), replies)
-        replies.flush()
+            self.requests.write(request)
+            self.requests.flush()
+            lowered: LoweredOp = pickle.load(self.replies)
+        # Of a closed pipe a ValueError; of half a reply, whatever is missing.
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            self.popen.kill()
+            raise EndedError(f"a process that lowers kernels has ended ({error or type(error).__name__})") from error
+        return lowered
+
+    def end(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        for pipe in (self.requests, self.replies):
+            # What it hadn't read is lost, and that is all there is to say.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def _start() -> _Process:
+    """Another interpreter that imports what this one would.
+
+    Raises:
+        OSError: there can't be another.
+    """
+    if not sys.executable:
+        raise OSError("Python doesn't know its own executable")
+    ours = str(Path(__file__).parents[1])
+    paths = [os.path.abspath(path) for path in sys.path if isinstance(path, str)] + [ours]
+    reading, writing = os.pipe()
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # Ctrl-C is for the caller, who ends it
+        f"import sys; sys.path[:] = {paths!r}\n"
+        f"from {__name__} import serve; serve({writing})"
+    )
+    # Replies have a pipe of their own: anything may print.
+    try:
+        popen = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(writing,),
+        )
+    except OSError:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    if popen.stdin is None:
+        raise RuntimeError("a process was started without the pipe that it was to have")
+    return _Process(popen, popen.stdin, os.fdopen(reading, "rb"))
+
+
+def serve(replies: int) -> None:
+    """Lowers what comes until stdin ends; ``replies`` is the file descriptor that results go to."""
+    jax.config.update("jax_platforms", "cpu")  # the device is the caller's
+    gc.disable()  # what is traced is kept until the end of a short life
+    with os.fdopen(replies, "wb") as results:
+        while True:
+            try:
+                op = pickle.load(sys.stdin.buffer)
+            except EOFError:
+                return
+            pickle.dump(op.lower(), results)
+            results.flush()

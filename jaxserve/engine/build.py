@@ -56,7 +56,7 @@ _DEFAULTS = {  # by platform: max_num_seqs, max_num_batched_tokens, block_size
     "gpu": (256, 8192, 64),
     "tpu": (256, 8192, 128),
 }
-_MOST_LOWERING_PROCESSES = 8
+_MOST_LOWERING_PROCESSES = 8  # more would hardly be faster: what remains is traced by one thread at a time
 _STEPS_PER_DISPATCH = {"gpu": 4}  # by platform; elsewhere 1
 
 
@@ -89,10 +89,15 @@ def build_engine(config: EngineConfig, *, progress: bool | None = None) -> Engin
     """
     if config.compilation_cache_dir is not None:
         make_directory(config.compilation_cache_dir)
-    # More would hardly be faster: what remains is traced by one thread at a time.
-    processes = LoweringProcesses(min(os.cpu_count() or 1, _MOST_LOWERING_PROCESSES))
-    with jax_cache_in(config.compilation_cache_dir), processes as lowering:
+    with _lowering_processes(config) as lowering, jax_cache_in(config.compilation_cache_dir):
         return _build(config, lowering, progress)
+
+
+def _lowering_processes(config: EngineConfig) -> LoweringProcesses:
+    """None for who has a cache of JAX's own, which knows only kernels again that one process lowers in one order."""
+    cores = os.cpu_count() or 1
+    in_jax_cache = config.compilation_cache_dir is None and jax.config.jax_compilation_cache_dir is not None
+    return LoweringProcesses(0 if cores == 1 or in_jax_cache else min(cores, _MOST_LOWERING_PROCESSES))
 
 
 def _build(config: EngineConfig, lowering: LoweringProcesses, progress: bool | None) -> Engine:

@@ -7,8 +7,8 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +49,17 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
+class _ThisThread(Executor):
+    """Runs what it is given at once, so that it sees what JAX is told for this thread alone."""
+
+    def submit[**P, R](self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        future: Future[R] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
 @contextlib.contextmanager
-def _threads(num: int | None) -> Iterator[ThreadPoolExecutor]:
+def _threads(num: int | None) -> Iterator[Executor]:
     """That many; after an error what hasn't begun never does."""
     pool = ThreadPoolExecutor(num)
     try:
@@ -87,16 +96,21 @@ def run_trial(
     known = {task.name: None if cache is None else cache.load_temp(task) for task in tasks}
     unknown = {task.name: task for task in tasks if known[task.name] is None}
     early = {task.name: task for task in pool_free.values()} if unknown else {}
-    with _no_collections(), _threads(os.cpu_count()) as compilers, _threads(lowering.num_callers) as tracers:
-        traced = {name: tracers.submit(_trace, task, lowering) for name, task in (unknown | early).items()}
-        compiled = {
-            name: compilers.submit(_compile, task, traced[name].result(), None, None) for name, task in unknown.items()
-        }
-        lowered = {name: traced[name].result() for name in early}
-        for name, executable in compiled.items():
-            known[name] = size = temp_bytes(executable.result())
-            if cache is not None:
-                cache.store_temp(unknown[name], size)
+    with _no_collections(), _threads(os.cpu_count()) as compilers, _tracers(lowering) as tracers:
+
+        def begin(task: Task) -> tuple[jax.stages.Lowered, Future[Any] | None]:
+            lowered = _trace(task, lowering)
+            is_tried = task.name in unknown
+            return lowered, compilers.submit(_compile, task, lowered, None, None) if is_tried else None
+
+        begun = {name: tracers.submit(begin, task) for name, task in (unknown | early).items()}
+        for name, task in unknown.items():
+            _, compiling = begun[name].result()
+            if compiling is not None:
+                known[name] = size = temp_bytes(compiling.result())
+                if cache is not None:
+                    cache.store_temp(task, size)
+        lowered = {name: begun[name].result()[0] for name in early}
     return Trial(max(size for size in known.values() if size is not None), lowered)
 
 
@@ -116,6 +130,8 @@ def compile_all(
 ) -> Executables:
     """Loads and compiles on as many threads as there are cores, and traces on as many as ``lowering`` serves.
 
+    If those are several, they don't see what JAX is told for the calling thread alone (``with jax.debug_nans(True)``).
+
     ``progress`` shows a bar; None: on a terminal. ``lowered``: by name, tasks that are traced already.
     """
     lowered = lowered or {}
@@ -127,7 +143,7 @@ def compile_all(
         _no_collections(),
         tqdm(total=len(tasks), desc="Compiling", unit="exe", disable=hidden) as bar,
         _threads(os.cpu_count()) as compilers,
-        _threads(lowering.num_callers) as tracers,
+        _tracers(lowering) as tracers,
     ):
         began = clock()
         found = {} if cache is None else dict(zip(tasks, compilers.map(cache.load, tasks.values()), strict=True))
@@ -139,7 +155,7 @@ def compile_all(
         def begin(task: Task) -> Future[Any]:
             traced = lowered.get(task.name) or _trace(task, lowering)
             future = compilers.submit(_compile, task, traced, cache, apart)
-            future.add_done_callback(lambda _: bar.update())
+            future.add_done_callback(lambda done: bar.update(not done.cancelled() and done.exception() is None))
             return future
 
         begun = {name: tracers.submit(begin, task) for name, task in tasks.items() if name not in done}
@@ -181,6 +197,10 @@ def _tasks(compiler: Compiler) -> tuple[dict[Any, Task], tuple[SampleKey, ...]]:
         tasks |= {("propose", key): compiler.propose(compiler.drafter, key) for key in reversed(proposals)}
     tasks |= {("forward", key): compiler.forward(*key) for key in buckets if key not in mixed}
     return tasks | pool_free_tasks(compiler), proposals
+
+
+def _tracers(lowering: LoweringProcesses) -> contextlib.AbstractContextManager[Executor]:
+    return _threads(lowering.num_callers) if lowering.num_callers > 1 else _ThisThread()
 
 
 def _trace(task: Task, lowering: LoweringProcesses) -> jax.stages.Lowered:

@@ -1,6 +1,7 @@
 """What a runner compiles goes with it."""
 
 import gc
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.build import build_engine
+from jaxserve.engine.build import _lowering_processes, build_engine
 from jaxserve.models.registry import build
 from jaxserve.runner.compile import compile_all, pool_free_tasks, run_trial
 from jaxserve.runner.compiler import Compiler, Task
@@ -72,6 +73,34 @@ def test_pythons_garbage_collector_waits_while_executables_are_traced(monkeypatc
     finally:
         gc.enable()
     assert len(seen) > 2 and not any(seen)
+
+
+def test_what_jax_is_told_for_the_calling_thread_holds_where_it_traces(monkeypatch):
+    compiler = build_engine(SMALL, progress=False).core.runner.compiler()
+    lower, seen = Task.lower, []
+    monkeypatch.setattr(Task, "lower", lambda task: seen.append(jax.config.jax_default_matmul_precision) or lower(task))
+    with jax.default_matmul_precision("highest"):
+        executables = compile_all(compiler, None, HERE, progress=False)
+        run_trial([compiler.admit()], {}, None, HERE)
+    assert seen == ["highest"] * (executables.num_executables + 1)
+
+
+def test_kernels_are_lowered_by_one_process_for_a_cache_of_jaxs_own(tmp_path, monkeypatch):
+    """And otherwise by as many as there are cores, within limits."""
+
+    def num(config, cores):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        return _lowering_processes(config)._num
+
+    own = replace(SMALL, compilation_cache_dir=str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert [num(config, cores) for config in (SMALL, own) for cores in (None, 1, 2, 64)] == [0, 0, 2, 8] * 2
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        assert (num(SMALL, 64), num(own, 64)) == (0, 8)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_what_is_traced_before_the_pool_has_its_size_is_the_same_for_any():
