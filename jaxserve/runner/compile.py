@@ -97,21 +97,21 @@ def run_trial(
     unknown = {task.name: task for task in tasks if known[task.name] is None}
     early = {task.name: task for task in pool_free.values()} if unknown else {}
     with _no_collections(), _threads(os.cpu_count()) as compilers, _tracers(lowering) as tracers:
+        lowered = {}
 
-        def begin(task: Task) -> tuple[jax.stages.Lowered, Future[Any] | None]:
-            lowered = _trace(task, lowering)
-            is_tried = task.name in unknown
-            return lowered, compilers.submit(_compile, task, lowered, None, None) if is_tried else None
+        def attempt(task: Task) -> Future[Any]:
+            lowered[task.name] = traced = _trace(task, lowering)
+            return compilers.submit(_compile, task, traced, None, None)
 
-        begun = {name: tracers.submit(begin, task) for name, task in (unknown | early).items()}
-        for name, task in unknown.items():
-            _, compiling = begun[name].result()
-            if compiling is not None:
-                known[name] = size = temp_bytes(compiling.result())
-                if cache is not None:
-                    cache.store_temp(task, size)
-        lowered = {name: begun[name].result()[0] for name in early}
-    return Trial(max(size for size in known.values() if size is not None), lowered)
+        tried = {name: tracers.submit(attempt, task) for name, task in unknown.items()}
+        others = {name: tracers.submit(_trace, task, lowering) for name, task in early.items() if name not in unknown}
+        for name, compiling in tried.items():
+            known[name] = size = temp_bytes(compiling.result().result())
+            if cache is not None:
+                cache.store_temp(unknown[name], size)
+        lowered |= {name: traced.result() for name, traced in others.items()}
+    largest = max(size for size in known.values() if size is not None)
+    return Trial(largest, {name: lowered[name] for name in early})
 
 
 def pool_free_tasks(compiler: Compiler) -> dict[Any, Task]:
@@ -155,14 +155,14 @@ def compile_all(
         def begin(task: Task) -> Future[Any]:
             traced = lowered.get(task.name) or _trace(task, lowering)
             future = compilers.submit(_compile, task, traced, cache, apart)
-            future.add_done_callback(lambda done: bar.update(not done.cancelled() and done.exception() is None))
+            future.add_done_callback(lambda future: bar.update(not future.cancelled() and not future.exception()))
             return future
 
         begun = {name: tracers.submit(begin, task) for name, task in tasks.items() if name not in done}
         compiling = {name: future.result() for name, future in begun.items()}
-        traced = clock()
+        all_traced = clock()
         done |= {name: future.result() for name, future in compiling.items()}
-    seconds = {"load executables": loaded - began, "trace": traced - loaded, "compile": clock() - traced}
+    seconds = {"load executables": loaded - began, "trace": all_traced - loaded, "compile": clock() - all_traced}
     config = compiler.config
     return Executables(
         stage=done["stage"],
