@@ -74,7 +74,7 @@ class LoweringProcesses:
         process = self._idle.get()
         try:
             return process.lower(op)
-        except EndedError as error:
+        except _EndedError as error:
             self._raise_if_closed()
             logger.warning("%s: %s is lowered here", error, op.run.__name__)
             return op.lower()
@@ -110,7 +110,7 @@ class LoweringProcesses:
             process.end()
 
 
-class EndedError(Exception):
+class _EndedError(Exception):
     """A process has ended; the message says why."""
 
 
@@ -124,7 +124,7 @@ class _Process:
         """Waits for it. Only one thread may.
 
         Raises:
-            EndedError: the process has ended, or what it says can't be read.
+            _EndedError: the process has ended, or what it says can't be read.
         """
         request = pickle.dumps(op)
         try:
@@ -134,7 +134,7 @@ class _Process:
         # Of a closed pipe a ValueError; of half a reply, whatever is missing.
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             self.popen.kill()
-            raise EndedError(f"a process that lowers kernels has ended ({error or type(error).__name__})") from error
+            raise _EndedError(f"a process that lowers kernels has ended ({error or type(error).__name__})") from error
         return lowered
 
     def end(self) -> None:

@@ -160,7 +160,7 @@ def compile_all(
 
         begun = {name: tracers.submit(begin, task) for name, task in tasks.items() if name not in done}
         compiling = {name: future.result() for name, future in begun.items()}
-        all_traced = clock()
+        all_traced = clock() if begun else loaded
         done |= {name: future.result() for name, future in compiling.items()}
     seconds = {"load executables": loaded - began, "trace": all_traced - loaded, "compile": clock() - all_traced}
     config = compiler.config

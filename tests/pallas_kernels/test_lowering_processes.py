@@ -58,18 +58,20 @@ def op_of(num: int) -> Op:
     return Op(gumbel_argmax.gumbel_argmax, (("vocab_size", 250),), tree, kinds_of_leaves, "cuda", device)
 
 
-def test_results_are_those_of_the_op(processes, case):
+def test_results_are_those_of_the_op(processes, case, caplog):
     with lowered_by(processes.lowerer):
         got = attend(case)
     np.testing.assert_array_equal(got, jax.jit(reference.attend, static_argnames="spec")(
         case.q, case.pool, case.batch, spec=SPEC, sinks=None
     ))  # fmt: skip
+    assert not caplog.records, "another process lowered it"
 
 
-def test_kernels_of_a_gpu_are_lowered_where_there_is_none(processes):
+def test_kernels_of_a_gpu_are_lowered_where_there_is_none(processes, caplog):
     there, here = (lower(op_of(8)) for lower in (processes._lower, Op.lower))
     assert there.results == here.results
     assert all(b"mosaic_gpu_v2" in lowered.text for lowered in (there, here))
+    assert not caplog.records, "another process lowered it"
 
 
 def test_equal_ops_are_lowered_once_though_threads_ask_at_the_same_time(processes, monkeypatch):
@@ -106,11 +108,13 @@ def test_a_process_that_ends_within_a_reply_costs_a_warning(monkeypatch, caplog)
 
 
 def test_what_a_process_prints_is_no_reply(monkeypatch, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("print('hello')")
+    seen = tmp_path / "seen"
+    (tmp_path / "sitecustomize.py").write_text(f"print('hello'); open({str(seen)!r}, 'w').close()")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with LoweringProcesses(1) as processes:
         assert processes._lower(op_of(8)).results == 0
         assert processes._processes[0].popen.poll() is None
+    assert seen.exists()
 
 
 def test_a_start_that_is_called_off_leaves_no_process(monkeypatch):

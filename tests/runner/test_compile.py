@@ -72,7 +72,7 @@ def test_pythons_garbage_collector_waits_while_executables_are_traced(monkeypatc
         assert gc.isenabled() == was_enabled
     finally:
         gc.enable()
-    assert len(seen) > 2 and not any(seen)
+    assert seen == [False] * 3
 
 
 def test_what_jax_is_told_for_the_calling_thread_holds_where_it_traces(monkeypatch):

@@ -77,7 +77,7 @@ def test_a_second_start_compiles_nothing_and_answers_the_same(tmp_path):
     answer = json.loads(run.stdout.splitlines()[-1])
     cold, warm, mended = answer["told"]
     assert (cold["read"], warm["read"]) == (0, cold["all"])
-    assert warm["trace"] < 0.05 < cold["trace"]
+    assert warm["trace"] == 0 < cold["trace"]
     assert (cold["ids"], cold["logprob"]) == (warm["ids"], warm["logprob"]) == (mended["ids"], mended["logprob"])
     assert cold["ids"][0] == cold["ids"][1]
     # A damaged file is said, and made anew.
