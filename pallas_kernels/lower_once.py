@@ -42,7 +42,7 @@ class LoweredOp:
     def function(self) -> Callable[..., Any]:
         """From keyword arguments, which are trees of arrays, to results; executables share its text."""
         call, tree = export.deserialize(bytearray(self.text)).call, jax.tree.structure(self.results)
-        return jax.jit(lambda **arrays: jax.tree.unflatten(tree, call(*jax.tree.leaves(arrays))))
+        return jax.jit(lambda **arrays: jax.tree.unflatten(tree, map(_here, call(*jax.tree.leaves(arrays)))))
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,15 @@ def _jitted(run: Callable[..., Any], settings: tuple[tuple[str, Hashable], ...])
 def _op_of(module: str, name: str, settings: Any, arrays: Any, leaves: Any, platform: str, device: Any) -> Op:
     run = getattr(importlib.import_module(module), name)
     return Op(run, settings, jax.tree.structure(arrays), leaves, platform, device)
+
+
+def _here(x: jax.Array) -> jax.Array:  # [...] -> [...]
+    """In the caller's mesh, by way of two reshapes that XLA drops.
+
+    What an exported op returns is in no mesh, which makes it an array of another type: an op that is called with it
+    would be lowered again.
+    """
+    return x.reshape(1, *x.shape).reshape(x.shape)
 
 
 def _numbered(tree: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import lower_once
 from pallas_kernels.lower_once import run_lowered
@@ -73,6 +73,14 @@ def test_it_is_lowered_once_for_all_executables(by_itself):
     jax.jit(lambda x, pool: step(x, pool, scale=3.0)[0])(x, pool)
     after = lower_once.lower_here.cache_info()
     assert after.misses - before.misses == (2 if by_itself else 0), "another size, another setting"
+
+
+def test_it_is_lowered_once_for_what_comes_from_a_mesh_and_for_its_own_results(by_itself):
+    here = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("tp",)), PartitionSpec())
+    x, pool = jax.device_put(start(), here)
+    with jax.sharding.use_abstract_mesh(here.mesh.abstract_mesh):
+        text = jax.jit(lambda x, pool: step(x, pool)).lower(x, pool).as_text()
+    assert text.count("func.func private @call_exported_attend") == int(by_itself)
 
 
 def test_a_donated_pool_is_written_in_place(by_itself):
