@@ -16,6 +16,7 @@ Shape letters: I contracted axes of a weight, O its other axes, V vocabulary, E 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,13 @@ class Int4Weight:
         grouped = values.astype(jnp.float32).reshape(split_axis(values.shape, self.axis, scales.shape[self.axis]))
         scales, offsets = (jnp.expand_dims(x.astype(jnp.float32), self.axis + 1) for x in (scales, offsets))
         return (grouped * scales + offsets).reshape(values.shape).astype(dtype)
+
+
+def packed_kinds(params: Any) -> set[type]:
+    """Of a tree of parameters: in what ways its weights are packed."""
+    kinds = (ScaledWeight, Fp8Weight, Int4Weight)
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, kinds))
+    return {type(leaf) for leaf in leaves if isinstance(leaf, kinds)}
 
 
 def quantize_int8(

@@ -144,6 +144,7 @@ def cases() -> list[Case]:
     for quantization, label, num_tokens, temp, kv_dtype in (
         ("int8", "decode", MAX_SEQS, 64, "bfloat16"),
         ("fp8_weight_only", "decode", MAX_SEQS, 64, "bfloat16"),
+        ("fp8", "decode", MAX_SEQS, 64, "bfloat16"),
         ("fp8", "mixed_kv_fp8", 2048, 320, "float8_e4m3fn"),
     ):
         name = f"qwen3-0.6b_{quantization}_{label}"

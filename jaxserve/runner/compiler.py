@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxserve.models.quantized import Fp8Weight, packed_kinds
 from jaxserve.models.registry import Model
 from jaxserve.runner import draft, step
 from jaxserve.runner.attend import POOL, WHOLE, PagedAttention
@@ -32,6 +32,7 @@ _NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 30}  # kernels of a graph, at
 _MOST_WORK_OF_A_GRAPH = 24e9
 # While a Triton product of 64 rows is loaded that has run, each launch on an H100 takes 0.36 us more: 0.12 ms a step.
 # cuBLAS is slower for 8 rows, 6% slower for 64, and faster from 128 rows on: see docs/performance.md.
+# Products in fp8 are its own whatever their rows: XLA tunes its Triton products for minutes.
 _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 _FEWEST_CUBLAS_ROWS = 64
 
@@ -98,7 +99,7 @@ class Compiler:
         out = (self._pools(kv), self._whole(self.scratch))
         args = (params, kv, self.slots, self.scratch)
         is_graph = num_tokens <= num_rows or self._launch_bound(num_tokens)
-        options = self._product_options(num_tokens) if is_graph else self._no_graphs
+        options = self._layer_options(num_tokens, is_graph=is_graph)
         return Task(f"forward_{num_tokens}x{num_rows}", run, args, (1, 3), out, options)
 
     def burst(self, key: BurstKey) -> Task:
@@ -119,7 +120,7 @@ class Compiler:
         args = (params, heads, kv, self.slots, packets)
         out = (self._pools(kv), self._whole(self.slots), self._sharding(WHOLE))
         name = f"burst_{key.tier.name.lower()}_{key.num_tokens}x{key.num_rows}"
-        return Task(name, run, args, (2, 3), out, self._product_options(key.num_tokens))
+        return Task(name, run, args, (2, 3), out, self._layer_options(key.num_tokens, is_graph=True))
 
     def sample(self, key: SampleKey) -> Task:
         run = functools.partial(
@@ -148,7 +149,8 @@ class Compiler:
         )
         name = f"propose_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts}"
         out = (self._pools(self.draft_kv), self._whole(self.slots))
-        return Task(name, run, (drafter.params, self.draft_kv, self.slots), (1, 2), out)
+        options = _CUBLAS if self._platform == "gpu" and packed_kinds(drafter.params) == {Fp8Weight} else None
+        return Task(name, run, (drafter.params, self.draft_kv, self.slots), (1, 2), out, options)
 
     def stage(self) -> Task:
         run = functools.partial(step.stage, config=self.config)
@@ -205,12 +207,20 @@ class Compiler:
         """
         return self.model.layer_size / self.attention.mesh.size * num_tokens <= _MOST_WORK_OF_A_GRAPH
 
-    def _product_options(self, num_tokens: int) -> Mapping[str, Any] | None:
-        """Options for XLA:GPU's products of so many rows; none where they unpack weights, which cuBLAS doesn't."""
-        is_packed = any(jnp.dtype(leaf.dtype).itemsize < 2 for leaf in jax.tree.leaves(self.params))
-        if self._platform != "gpu" or num_tokens < _FEWEST_CUBLAS_ROWS or is_packed:
+    def _layer_options(self, num_tokens: int, *, is_graph: bool) -> Mapping[str, Any] | None:
+        """Options for XLA:GPU of what runs layers: whether kernels are launched as a graph, and whose products."""
+        if self._platform != "gpu":
             return None
-        return _CUBLAS
+        products = _CUBLAS if self._by_cublas(num_tokens, is_graph=is_graph) else {}
+        return {**({} if is_graph else _NO_GRAPHS), **products} or None
+
+    def _by_cublas(self, num_tokens: int, *, is_graph: bool) -> bool:
+        """Whether products of so many rows leave Triton out. Not where some unpack weights, which cuBLAS doesn't."""
+        params = self.params if self.drafter is None else (self.params, self.drafter.params)
+        kinds = packed_kinds(params)
+        if kinds <= {Fp8Weight}:
+            return bool(kinds) or (is_graph and num_tokens >= _FEWEST_CUBLAS_ROWS)
+        return False
 
     @property
     def _platform(self) -> str:

@@ -4,6 +4,7 @@ import gc
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.build import _lowering_processes, build_engine
+from jaxserve.models.quantized import quantize_fp8_products, quantize_int8
 from jaxserve.models.registry import build
 from jaxserve.runner.compile import compile_all, pool_free_tasks, run_trial
 from jaxserve.runner.compiler import Compiler, Task
@@ -151,8 +153,29 @@ def test_options_of_a_gpu(monkeypatch):
     wide = compiler.burst(BurstKey(Tier.PLAIN, 64, 64, 2)).options
     assert wide == {"xla_gpu_enable_triton_gemm": False}
     jax.jit(lambda x: x).lower(1.0).compile(wide)
-    packed = replace(compiler, params=jax.eval_shape(lambda: jnp.zeros(2, jnp.int8)))  # a product unpacks it
-    assert packed._product_options(64) is None
+
+
+def test_whose_products_are_those_of_packed_weights(monkeypatch):
+    """Triton's where a product unpacks a weight, also a draft model's; cuBLAS's where all are of fp8 matrices."""
+    compiler = build_engine(SMALL, progress=False).core.runner.compiler()
+    monkeypatch.setattr(Compiler, "_platform", "gpu")
+    plain = compiler.params
+    int8, fp8, both = ({"o": pack(jnp.ones((4, 4)), (0,))} for pack in (quantize_int8, quantize_fp8_products, _both))
+
+    def triton(params, draft=None, rows=64, *, is_graph=True):
+        drafter = None if draft is None else SimpleNamespace(params=draft)
+        options = replace(compiler, params=params, drafter=drafter)._layer_options(rows, is_graph=is_graph) or {}
+        assert is_graph == ("xla_gpu_graph_min_graph_size" not in options)
+        return options.get("xla_gpu_enable_triton_gemm", True)
+
+    assert [triton(plain, rows=rows) for rows in (8, 64)] == [True, False]
+    assert triton(plain, is_graph=False) and triton(int8) and triton(plain, int8) and triton(both)
+    assert not any(triton(fp8, rows=rows, is_graph=graph) for rows in (8, 8192) for graph in (True, False))
+    assert not triton(plain, fp8, rows=8) and triton(int8, fp8)
+
+
+def _both(weight, contracted):
+    return quantize_int8(weight, contracted), quantize_fp8_products(weight, contracted)
 
 
 @pytest.mark.parametrize(
