@@ -99,7 +99,7 @@ class Compiler:
         out = (self._pools(kv), self._whole(self.scratch))
         args = (params, kv, self.slots, self.scratch)
         is_graph = num_tokens <= num_rows or self._launch_bound(num_tokens)
-        options = self._layer_options(num_tokens, is_graph=is_graph)
+        options = self._layer_options(num_tokens, params, is_graph=is_graph)
         return Task(f"forward_{num_tokens}x{num_rows}", run, args, (1, 3), out, options)
 
     def burst(self, key: BurstKey) -> Task:
@@ -120,7 +120,7 @@ class Compiler:
         args = (params, heads, kv, self.slots, packets)
         out = (self._pools(kv), self._whole(self.slots), self._sharding(WHOLE))
         name = f"burst_{key.tier.name.lower()}_{key.num_tokens}x{key.num_rows}"
-        return Task(name, run, args, (2, 3), out, self._layer_options(key.num_tokens, is_graph=True))
+        return Task(name, run, args, (2, 3), out, self._layer_options(key.num_tokens, (params, heads)))
 
     def sample(self, key: SampleKey) -> Task:
         run = functools.partial(
@@ -149,7 +149,7 @@ class Compiler:
         )
         name = f"propose_{key.tier.name.lower()}_{key.num_rows}x{key.num_drafts}"
         out = (self._pools(self.draft_kv), self._whole(self.slots))
-        options = _CUBLAS if self._platform == "gpu" and packed_kinds(drafter.params) == {Fp8Weight} else None
+        options = self._layer_options(key.num_rows, drafter.params)
         return Task(name, run, (drafter.params, self.draft_kv, self.slots), (1, 2), out, options)
 
     def stage(self) -> Task:
@@ -207,20 +207,14 @@ class Compiler:
         """
         return self.model.layer_size / self.attention.mesh.size * num_tokens <= _MOST_WORK_OF_A_GRAPH
 
-    def _layer_options(self, num_tokens: int, *, is_graph: bool) -> Mapping[str, Any] | None:
-        """Options for XLA:GPU of what runs layers: whether kernels are launched as a graph, and whose products."""
+    def _layer_options(self, num_tokens: int, params: Any, *, is_graph: bool = True) -> Mapping[str, Any] | None:
+        """Options for XLA:GPU of what runs layers with ``params``: whether as a graph, and with whose products."""
         if self._platform != "gpu":
             return None
-        products = _CUBLAS if self._by_cublas(num_tokens, is_graph=is_graph) else {}
-        return {**({} if is_graph else _NO_GRAPHS), **products} or None
-
-    def _by_cublas(self, num_tokens: int, *, is_graph: bool) -> bool:
-        """Whether products of so many rows leave Triton out. Not where some unpack weights, which cuBLAS doesn't."""
-        params = self.params if self.drafter is None else (self.params, self.drafter.params)
         kinds = packed_kinds(params)
-        if kinds <= {Fp8Weight}:
-            return bool(kinds) or (is_graph and num_tokens >= _FEWEST_CUBLAS_ROWS)
-        return False
+        # Not cuBLAS where a product unpacks its weight: XLA would widen that to a copy first.
+        by_cublas = kinds == {Fp8Weight} or (not kinds and is_graph and num_tokens >= _FEWEST_CUBLAS_ROWS)
+        return {**({} if is_graph else _NO_GRAPHS), **(_CUBLAS if by_cublas else {})} or None
 
     @property
     def _platform(self) -> str:

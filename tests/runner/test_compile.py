@@ -4,23 +4,22 @@ import gc
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, SpeculativeConfig
 from jaxserve.engine.build import _lowering_processes, build_engine
-from jaxserve.models.quantized import quantize_fp8_products, quantize_int8
 from jaxserve.models.registry import build
+from jaxserve.models.sharding import named_shardings
 from jaxserve.runner.compile import compile_all, pool_free_tasks, run_trial
 from jaxserve.runner.compiler import Compiler, Task
-from jaxserve.runner.executables import BurstKey, sample_keys
+from jaxserve.runner.executables import BurstKey, SampleKey, sample_keys
 from jaxserve.sampling.tier import Tier
 from jaxserve.weights.config_file import read_model_toml
+from jaxserve.weights.quantize import abstract_params
 from pallas_kernels.lowering_processes import LoweringProcesses
 
 MODEL = str(Path(__file__).parents[1] / "engine" / "tiny_dummy.toml")
@@ -155,27 +154,44 @@ def test_options_of_a_gpu(monkeypatch):
     jax.jit(lambda x: x).lower(1.0).compile(wide)
 
 
-def test_whose_products_are_those_of_packed_weights(monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "draft", "rows_with_triton"),
+    [
+        (None, None, {"burst": [8], "mixed": [8, 64]}),
+        (None, "same", {"burst": [8], "mixed": [8, 64], "propose": [8]}),
+        ("int8", None, {"burst": [8, 64], "mixed": [8, 64]}),
+        ("fp8", None, {"burst": [], "mixed": []}),
+        (None, "int8", {"burst": [8, 64], "mixed": [8, 64], "propose": [8, 64]}),
+        (None, "fp8", {"burst": [], "mixed": [], "propose": []}),
+        ("int8", "fp8", {"burst": [8, 64], "mixed": [8, 64], "propose": []}),
+    ],
+)
+def test_whose_products_are_those_of_packed_weights(monkeypatch, drafting, target, draft, rows_with_triton):
     """Triton's where a product unpacks a weight, also a draft model's; cuBLAS's where all are of fp8 matrices."""
-    compiler = build_engine(SMALL, progress=False).core.runner.compiler()
     monkeypatch.setattr(Compiler, "_platform", "gpu")
-    plain = compiler.params
-    int8, fp8, both = ({"o": pack(jnp.ones((4, 4)), (0,))} for pack in (quantize_int8, quantize_fp8_products, _both))
+    monkeypatch.setattr("jaxserve.runner.compiler._MOST_WORK_OF_A_GRAPH", 0)
+    shardings = named_shardings(drafting.model.param_axes, drafting.attention.mesh)
+    weights = {kind: abstract_params(drafting.model, shardings, kind) for kind in (None, "int8", "fp8")}
+    drafter = None
+    if draft is not None:
+        drafter = replace(drafting.drafter, params=weights[None if draft == "same" else draft])
+    compiler = replace(drafting, params=weights[target], drafter=drafter)
+    make = {
+        "burst": lambda rows: compiler.burst(BurstKey(Tier.PLAIN, rows, rows, 2)),
+        "mixed": lambda rows: compiler.forward(rows, 1),
+        "propose": lambda rows: compiler.propose(drafter, SampleKey(Tier.PLAIN, 4, rows)),
+    }
+    for kind, with_triton in rows_with_triton.items():
+        options = {rows: make[kind](rows).options or {} for rows in (8, 64)}
+        assert [n for n, told in options.items() if told.get("xla_gpu_enable_triton_gemm", True)] == with_triton, kind
+        assert all(("xla_gpu_graph_min_graph_size" in told) == (kind == "mixed") for told in options.values())
 
-    def triton(params, draft=None, rows=64, *, is_graph=True):
-        drafter = None if draft is None else SimpleNamespace(params=draft)
-        options = replace(compiler, params=params, drafter=drafter)._layer_options(rows, is_graph=is_graph) or {}
-        assert is_graph == ("xla_gpu_graph_min_graph_size" not in options)
-        return options.get("xla_gpu_enable_triton_gemm", True)
 
-    assert [triton(plain, rows=rows) for rows in (8, 64)] == [True, False]
-    assert triton(plain, is_graph=False) and triton(int8) and triton(plain, int8) and triton(both)
-    assert not any(triton(fp8, rows=rows, is_graph=graph) for rows in (8, 8192) for graph in (True, False))
-    assert not triton(plain, fp8, rows=8) and triton(int8, fp8)
-
-
-def _both(weight, contracted):
-    return quantize_int8(weight, contracted), quantize_fp8_products(weight, contracted)
+@pytest.fixture(scope="module")
+def drafting():
+    """The compiler of an engine whose model drafts for itself."""
+    twin = SpeculativeConfig(method="draft_model", quantization="int8", adaptive=False)
+    return build_engine(replace(SMALL, speculative_config=twin), progress=False).core.runner.compiler()
 
 
 @pytest.mark.parametrize(
