@@ -9,6 +9,7 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Lowered:
     temp_mib: int  # bound on temporary memory
     attention_layers: int = 0
     tier: Tier | None = None  # of a sampler in it
+    options: Mapping[str, Any] | None = None  # of XLA's compiler, as an engine gives them
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def topology(target: str) -> Any:
 def compile_and_check(case: Case, executables: dict[str, Lowered]) -> dict[str, Any]:
     figures: dict[str, Any] = {"failures": [], "temp_mib": 0.0}
     for name, lowered in executables.items():
-        compiled = lowered.stage.compile()
+        compiled = lowered.stage.compile(lowered.options)
         memory = compiled.memory_analysis()
         figures["temp_mib"] = max(figures["temp_mib"], round(memory.temp_size_in_bytes / MIB, 1))
         failures = check_memory(memory, lowered.donated_bytes, lowered.temp_mib)
@@ -188,7 +190,7 @@ def lower_burst(case: Case, mesh: Any) -> dict[str, Lowered]:
 
 def lower_task(task: Task, temp_mib: int, *, attention_layers: int = 0, tier: Tier | None = None) -> Lowered:
     donated = num_bytes([task.args[i] for i in task.donate])
-    return Lowered(task.lower(), donated, temp_mib, attention_layers, tier)
+    return Lowered(task.lower(), donated, temp_mib, attention_layers, tier, task.options)
 
 
 def step_compiler(case: Case, mesh: Any, num_layers: int | None) -> Compiler:
